@@ -1,0 +1,1 @@
+"""The same small application twice, for Starlette and for Flask."""

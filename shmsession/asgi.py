@@ -1,0 +1,133 @@
+"""Sessions for ASGI applications: Starlette, FastAPI, Litestar, Quart, Django's ASGI handler, or none of them."""
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from typing import Any
+
+from .cookies import with_session_headers
+from .errors import ShmSessionError, StoreError
+from .paths import Rule, matcher
+from .session import ENVIRON_KEY, Session
+from .store import Outcome, SessionStore
+
+logger = logging.getLogger("shmsession")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class SessionMiddleware:
+    """Gives http and websocket scopes a session, as `scope["session"]` (Starlette: `request.session`).
+
+    `store` None makes one from the SHMSESSION_* variables. `skip` and `readonly` take path prefixes or a predicate of
+    the path: skipped paths have no session, read-only ones cannot change it. It is opened when the application starts,
+    so that a wrong setting stops the server there. A store that cannot serve answers 503 with Retry-After.
+    """
+
+    def __init__(self, app: App, store: SessionStore | None = None, *, skip: Rule = (), readonly: Rule = ()) -> None:
+        self.app = app
+        self.store = store or SessionStore()
+        self._skip = matcher(skip)
+        self._readonly = matcher(readonly)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif kind not in ("http", "websocket") or (self._skip is not None and self._skip(scope["path"])):
+            await self.app(scope, receive, send)
+        else:
+            readonly = self._readonly is not None and self._readonly(scope["path"])
+            session = Session(self.store, partial(_cookie_header, scope), readonly=readonly)
+            scope["session"] = scope[ENVIRON_KEY] = session
+            await (self._http if kind == "http" else self._websocket)(session, scope, receive, send)
+
+    async def _http(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
+        store = self.store
+
+        async def send_after_commit(message: Message) -> None:
+            if message["type"] == "http.response.start" and not session.headers_sent:
+                outcome = store.commit(session, failed=message["status"] >= 500)
+                session.headers_sent = True
+                if outcome.vary:
+                    message = _with_headers(message, outcome)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_after_commit)
+        except StoreError as error:
+            if session.headers_sent:
+                raise
+            await _unavailable(send, error)
+        except Exception:
+            if store.config.save_on_error:
+                store.commit(session)
+            raise
+        else:
+            store.commit(session)
+
+    async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
+        store = self.store
+
+        async def receive_and_commit() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.disconnect" and session.headers_sent:
+                store.commit(session)
+            return message
+
+        async def send_after_commit(message: Message) -> None:
+            kind = message["type"]
+            if kind in ("websocket.accept", "websocket.http.response.start"):
+                outcome = store.commit(session, failed=message.get("status", 101) >= 500)
+                session.headers_sent = True
+                if outcome.vary:
+                    message = _with_headers(message, outcome)
+            elif kind == "websocket.close":
+                store.commit(session, failed=not session.headers_sent)
+            await send(message)
+
+        try:
+            await self.app(scope, receive_and_commit, send_after_commit)
+        except StoreError:
+            if session.headers_sent:
+                raise
+            await send({"type": "websocket.close", "code": 1013, "reason": "sessions are unavailable"})
+        else:
+            store.commit(session, failed=not session.headers_sent)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first: list[Message] = [await receive()]
+        try:
+            self.store.open()
+        except ShmSessionError as error:
+            await send({"type": "lifespan.startup.failed", "message": f"shmsession: {error}"})
+            return
+
+        async def receive_again() -> Message:
+            return first.pop() if first else await receive()
+
+        await self.app(scope, receive_again, send)
+        self.store.close()
+
+
+def _cookie_header(scope: Scope) -> bytes:
+    """The Cookie header; HTTP/2 may split it into several (RFC 9113)."""
+    found = [value for name, value in scope["headers"] if name == b"cookie"]
+    return found[0] if len(found) == 1 else b"; ".join(found)
+
+
+def _with_headers(message: Message, outcome: Outcome) -> Message:
+    return {**message, "headers": with_session_headers(list(message.get("headers", ())), outcome.set_cookie)}
+
+
+async def _unavailable(send: Send, error: StoreError) -> None:
+    body = b"Sessions are unavailable. Try again shortly.\n"
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body)),
+               (b"retry-after", b"5"), (b"cache-control", b"no-store")]  # fmt: skip
+    logger.error("answered 503: %s", error)
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

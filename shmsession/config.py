@@ -1,0 +1,278 @@
+"""Settings: in code, or by one SHMSESSION_* variable each. Checked when they are made."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from enum import Enum
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from .errors import ConfigError
+from .keyring import Key, Keyring, load_or_create, parse_keys
+from .record import Lifetimes
+
+T = TypeVar("T")
+
+logger = logging.getLogger("shmsession")
+
+PREFIX: Final = "SHMSESSION_"
+MIN_MAP_SIZE: Final = 1 << 20
+MAX_AGE: Final = timedelta(days=400)
+"""RFC 6265bis: browsers cut a cookie's life at 400 days."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
+_SIZE = re.compile(r"(\d{1,15})\s*(|KiB|MiB|GiB)")
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class SessionMode(Enum):
+    """When a session is kept. PERSISTENT: as soon as something is stored in it."""
+
+    PERSISTENT = "persistent"
+    OPT_IN = "opt_in"
+    MANUAL = "manual"
+
+
+class CookieMode(Enum):
+    """What protects the id in the cookie. PRIVATE: AES-256-GCM."""
+
+    PRIVATE = "private"
+    SIGNED = "signed"
+    PLAIN = "plain"
+
+
+def _setting(variable: str, parse: Callable[[str], T], default: T) -> T:
+    """A field that SHMSESSION_<variable> fills when the code does not."""
+
+    def read() -> T:
+        text = os.environ.get(PREFIX + variable)
+        if text is None:
+            return default
+        try:
+            return parse(text.strip())
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f"{PREFIX}{variable}: {error}") from None
+
+    return field(default_factory=read, metadata={"variable": PREFIX + variable})  # type: ignore[no-any-return]
+
+
+def _seconds(text: str) -> timedelta:
+    if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text):
+        raise ValueError("write a number of seconds, such as 21600")
+    return timedelta(seconds=float(text))
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError("write a number of bytes, or one with KiB, MiB or GiB, such as 64MiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("write 0 or 1")
+    return text == "1"
+
+
+def _word(text: str) -> str:
+    if not text:
+        raise ValueError("is empty: unset it, or give it a value")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_word(text))
+
+
+def _keys(text: str) -> tuple[Key, ...]:
+    return parse_keys(_word(text))
+
+
+def _member(kind: type[Enum]) -> Callable[[str], Any]:
+    def parse(text: str) -> Enum:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("write " + " or ".join(member.value for member in kind)) from None
+
+    return parse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionConfig:
+    """All settings. A field given here wins over its variable; a field given nowhere has the default below.
+
+    Raises ConfigError, naming the setting and what to write instead, for values and combinations that cannot work:
+    among them every cookie that browsers refuse.
+    """
+
+    mode: SessionMode = _setting("MODE", _member(SessionMode), SessionMode.PERSISTENT)
+    cookie_mode: CookieMode = _setting("COOKIE_MODE", _member(CookieMode), CookieMode.PRIVATE)
+    secure: bool = _setting("SECURE", _switch, True)
+    cookie_name: str | None = None
+    """None: `__Host-session`, or `session` with secure=False."""
+    domain: str | None = None
+    path: str = "/"
+    same_site: Literal["Lax", "Strict", "None"] = "Lax"
+    http_only: bool = True
+    partitioned: bool = False
+
+    lifespan: timedelta = _setting("LIFESPAN", _seconds, timedelta(hours=6))
+    """A session ends when nobody looked at it for this long."""
+    max_lifespan: timedelta = _setting("MAX_LIFESPAN", _seconds, timedelta(days=60))
+    """The same for long-term sessions (`set_longterm(True)`)."""
+    absolute_lifespan: timedelta | None = _setting("ABSOLUTE_LIFESPAN", _seconds, None)  # type: ignore[arg-type]
+    """The end of every session, however busy, counted from its start or its login. None: no such end."""
+    memory_lifespan: timedelta = _setting("MEMORY_LIFESPAN", _seconds, timedelta(hours=1))
+    """How long a record that a backend has too stays in memory unused. Without a backend it has no effect."""
+    touch_interval: timedelta = timedelta(seconds=60)
+    """Looking at a session moves its end at most this often; it may therefore end early by as much."""
+
+    map_size: int | None = _setting("MAP_SIZE", _bytes, None)  # type: ignore[arg-type]
+    """Bytes of shared memory. None: 256 MiB, or half of what the file system has free if that is less."""
+    max_size: int = 64 * 1024
+    """Most bytes that one session's encoded data may have."""
+    directory: Path | None = _setting("DIR", _path, None)  # type: ignore[arg-type]
+    """Where stores live. None: /dev/shm/shmsession-<uid>, or the temporary directory where there is no /dev/shm."""
+    name: str | None = _setting("NAME", _word, None)  # type: ignore[arg-type]
+    """Applications with one name, directory and Key share their sessions. None: made from the working directory."""
+    keys: tuple[Key, ...] = _setting("KEY", _keys, ())
+    """Oldest first; the newest seals, all open. Empty: one is made and kept in `key_file`."""
+    key_file: Path | None = _setting("KEY_FILE", _path, None)  # type: ignore[arg-type]
+    """None: $XDG_STATE_HOME/shmsession/<name>.key."""
+    save_on_error: bool = False
+    """Keep a request's changes also when it ends with status 500 or above, or with an exception."""
+
+    def __post_init__(self) -> None:
+        self._check_modes()
+        self._check_cookie()
+        self._check_times()
+        if self.map_size is not None and self.map_size < MIN_MAP_SIZE:
+            raise ConfigError(f"{PREFIX}MAP_SIZE (map_size) is {self.map_size}: write at least 1MiB")
+        if not 256 <= self.max_size <= 16 << 20:
+            raise ConfigError(f"max_size is {self.max_size}: write 256 bytes to 16 MiB")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"{PREFIX}NAME (name) is {self.name!r}: write up to 64 letters, digits, dots, dashes or underscores"
+            )
+
+    def _check_modes(self) -> None:
+        if self.mode is not SessionMode.PERSISTENT:
+            raise ConfigError(f"{PREFIX}MODE (mode) {self.mode.value}: this version has persistent only")
+        if self.cookie_mode is not CookieMode.PRIVATE:
+            raise ConfigError(f"{PREFIX}COOKIE_MODE (cookie_mode) {self.cookie_mode.value}: this version has private only")
+
+    def _check_cookie(self) -> None:
+        name = self.effective_cookie_name
+        if not _TOKEN.fullmatch(name):
+            raise ConfigError(f"cookie_name {name!r}: write up to 64 letters, digits, dashes or underscores")
+        if self.same_site not in ("Lax", "Strict", "None"):
+            raise ConfigError(f"same_site {self.same_site!r}: write Lax, Strict or None")
+        for what, value in (("domain", self.domain), ("path", self.path)):
+            if value is not None and not _ATTRIBUTE.fullmatch(value):
+                raise ConfigError(f"{what} {value!r}: no spaces, semicolons or control characters, 1 to 1024 characters")
+        if not self.path.startswith("/"):
+            raise ConfigError(f"path {self.path!r}: begin it with /")
+        if not self.secure:
+            for what, refused in (
+                ("same_site='None'", self.same_site == "None"),
+                ("partitioned=True", self.partitioned),
+                (f"the cookie name {name!r}", name.lower().startswith(("__host-", "__secure-", "__http-"))),
+            ):
+                if refused:
+                    raise ConfigError(f"browsers refuse {what} without Secure: set secure=True ({PREFIX}SECURE=1)")
+        if name.lower().startswith("__host-") and (self.domain is not None or self.path != "/"):
+            raise ConfigError(
+                f"browsers refuse the cookie {name!r} with a domain or a path: "
+                "leave both out, or set cookie_name='__Secure-session'"
+            )
+
+    def _check_times(self) -> None:
+        for what in ("lifespan", "max_lifespan", "absolute_lifespan", "memory_lifespan"):
+            value = getattr(self, what)
+            if value is not None and not timedelta(0) < value <= timedelta(days=36_500):
+                raise ConfigError(f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years")
+        if not timedelta(0) <= self.touch_interval < self.lifespan:
+            raise ConfigError(
+                f"touch_interval is {self.touch_interval}, lifespan {self.lifespan}: "
+                f"touch_interval must be shorter ({PREFIX}LIFESPAN)"
+            )
+
+    @property
+    def effective_cookie_name(self) -> str:
+        """The cookie's name: the configured one, or the default that fits `secure`."""
+        return self.cookie_name or ("__Host-session" if self.secure else "session")
+
+    @property
+    def max_age(self) -> timedelta:
+        """The cookie's Max-Age. The server's clocks end a session, so the cookie need not follow every touch."""
+        return min(self.absolute_lifespan or MAX_AGE, MAX_AGE)
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """The clocks in milliseconds."""
+        absolute = self.absolute_lifespan
+        return Lifetimes(
+            milliseconds(self.lifespan), milliseconds(self.max_lifespan), None if absolute is None else milliseconds(absolute)
+        )
+
+    def keyring(self, name: str) -> Keyring:
+        """The configured Keys, or those of the key file, which is made on first use."""
+        return Keyring(self.keys or load_or_create(self.key_file or _state_directory() / f"{name}.key"))
+
+
+def milliseconds(span: timedelta) -> int:
+    """Whole milliseconds, at least 0."""
+    return max(0, span // timedelta(milliseconds=1))
+
+
+def default_name(directory: Path) -> str:
+    """A name that is this working directory's own: two applications of one user do not share by accident.
+
+    Raises ConfigError for the root directory, which service managers give to everybody.
+    """
+    resolved = directory.resolve()
+    if resolved == Path(resolved.anchor):
+        raise ConfigError(
+            f"the store's name is made from the working directory, and {resolved} is everybody's: "
+            f"set {PREFIX}NAME (name=) to a name for this application"
+        )
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", resolved.name).strip("-")[:40] or "app"
+    return f"{readable}-{blake2b(os.fsencode(resolved), digest_size=4).hexdigest()}"
+
+
+def warn_of_unknown_variables() -> None:
+    """Log each SHMSESSION_* variable that nothing reads, with the nearest one that something does."""
+    known = {item.metadata["variable"] for item in fields(SessionConfig) if item.metadata} | {
+        PREFIX + "BACKEND",
+        PREFIX + "STORE",
+    }
+    for variable in sorted(set(os.environ) - known):
+        if variable.startswith(PREFIX):
+            near = difflib.get_close_matches(variable, known, 1)
+            logger.warning("%s is not a setting%s", variable, f": did you mean {near[0]}?" if near else "")
+
+
+def backend_url() -> str | None:
+    """SHMSESSION_BACKEND, or None for memory only."""
+    text = os.environ.get(PREFIX + "BACKEND")
+    return None if text is None or text == "none" else text
+
+
+def _state_directory() -> Path:
+    home = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(home) if home.startswith("/") else Path("~/.local/state").expanduser()
+    return base / "shmsession"
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("shmsession needs Linux or macOS: shared memory and file locks work differently on Windows")

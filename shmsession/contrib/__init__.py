@@ -1,0 +1,1 @@
+"""Adapters for servers and frameworks. Each uses the public API only."""

@@ -1,0 +1,106 @@
+"""Hooks for a gunicorn configuration file: `from shmsession.contrib.gunicorn import *`.
+
+They make things prompt and certain things visible; no guarantee depends on them. `uvicorn --workers` has no such hooks
+and needs none. To have hooks of your own beside them: `post_fork = chain(post_fork, mine)`.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError, ShmSessionError, StoreError
+from ..store import SessionStore, stores
+
+__all__ = ["child_exit", "on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
+
+logger = logging.getLogger("shmsession")
+
+VARIABLE = "SHMSESSION_STORE"
+
+
+def chain(*hooks: Callable[..., object]) -> Callable[..., None]:
+    """One hook that calls several in turn, with as many arguments as gunicorn gives that hook."""
+
+    def one(server: Any) -> None:
+        for hook in hooks:
+            hook(server)
+
+    def two(server: Any, worker: Any) -> None:
+        for hook in hooks:
+            hook(server, worker)
+
+    arities = {hook.__code__.co_argcount if hasattr(hook, "__code__") else 2 for hook in hooks}
+    if len(arities) != 1 or arities - {1, 2}:
+        raise ConfigError("chain() takes hooks of the same kind: all with (server), or all with (server, worker)")
+    return one if arities == {1} else two
+
+
+def configured_store() -> SessionStore | None:
+    """The store that SHMSESSION_STORE=module:attribute names; None when it is not set. Raises ConfigError."""
+    target = os.environ.get(VARIABLE)
+    if not target:
+        return None
+    module, _, attribute = target.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+        for name in (attribute or "store").split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{VARIABLE}={target}: {error}. Write module:attribute, such as app:store") from error
+    if not isinstance(found, SessionStore):
+        raise ConfigError(f"{VARIABLE}={target} is a {type(found).__name__}, not a SessionStore")
+    return found
+
+
+def on_starting(server: Any) -> None:
+    """In the arbiter, before any worker: a setting that cannot work stops the start here, with one line."""
+    try:
+        for store in _known():
+            store.open().close()
+    except ShmSessionError as error:
+        server.log.error("shmsession: %s", error)
+        raise SystemExit(1) from error
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """In each worker, first thing: what the arbiter had open stays with it."""
+    for store in stores():
+        store.close()
+
+
+def post_worker_init(worker: Any) -> None:
+    """In each worker with the application loaded: open now what the first request would have to."""
+    for store in stores():
+        try:
+            store.open()
+        except ShmSessionError as error:
+            worker.log.error("shmsession: %s", error)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """In a worker that ends in good order: close."""
+    for store in stores():
+        store.close()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """In the arbiter, after any end of a worker, kill -9 included: free the reader slots it held."""
+    for store in stores():
+        with contextlib.suppress(StoreError):
+            store.memory.environment.check_readers()
+            store.close()
+
+
+def on_exit(server: Any) -> None:
+    """In the arbiter, after the last worker: close. Sessions stay for the next start."""
+    for store in stores():
+        store.close()
+
+
+def _known() -> list[SessionStore]:
+    """The stores of this process: those that preloading made, and the configured one."""
+    configured_store()
+    return stores()

@@ -1,0 +1,146 @@
+"""The session cookie: read, sealed and written by RFC 6265bis. No I/O, no clock.
+
+A private cookie is 92 characters of URL-safe base64 with no slack bits, so that each session has one spelling:
+version (1 byte), Key id (4), nonce (12), AES-256-GCM of id and time of issue (32 + 4), tag (16).
+"""
+
+from binascii import a2b_base64
+from base64 import urlsafe_b64encode
+from datetime import timedelta
+from typing import Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+
+from .config import SessionConfig
+from .errors import ConfigError
+from .ids import ID_BYTES
+from .keyring import KEY_ID_BYTES, Keyring
+
+VERSION: Final = b"\x01"
+VALUE_CHARS: Final = 92
+MAX_COOKIE: Final = 4096
+"""RFC 6265bis: browsers drop a cookie whose name and value are longer than this together."""
+
+_HEAD = 1 + KEY_ID_BYTES
+_TO_STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Ticket(NamedTuple):
+    """A cookie that passed its seal. `stale`: it should be issued anew, for its Key or its age."""
+
+    session_id: bytes
+    stale: bool
+
+
+class Cookies:
+    """Reads and writes the session cookie of one configuration."""
+
+    def __init__(self, config: SessionConfig, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self.name = config.effective_cookie_name
+        self._context = b"cookie " + self.name.encode()
+        self._needle = self.name.encode() + b"="
+        self._max_age_seconds = max(1, config.max_age // timedelta(seconds=1))
+        self._attributes = _attributes(config)
+        self._prefix = self.name + "="
+        if len(self.name) + VALUE_CHARS > MAX_COOKIE:
+            raise ConfigError(f"cookie_name is too long: browsers drop cookies over {MAX_COOKIE} bytes")
+
+    def find(self, header: bytes) -> bytes | None | str:
+        """The value of this cookie in a Cookie header; None without one, a reason code with more than one."""
+        if self._needle not in header:
+            return None
+        found: bytes | None = None
+        needle, skip = self._needle, len(self._needle)
+        for pair in header.split(b";"):
+            pair = pair.strip(b" \t")
+            if pair.startswith(needle):
+                if found is not None:
+                    return "duplicate"
+                found = pair[skip:]
+        return found
+
+    def open(self, value: bytes, now: int) -> Ticket | str:
+        """The ticket in a cookie's value, or the reason code of its refusal."""
+        if len(value) != VALUE_CHARS:
+            return "malformed"
+        try:
+            token = a2b_base64(value.translate(_TO_STANDARD), strict_mode=True)
+        except ValueError:
+            return "malformed"
+        if token[:1] != VERSION:
+            return "malformed"
+        key_id = token[1:_HEAD]
+        try:
+            plain = self._keyring.unseal(key_id, token[_HEAD:], self._context)
+        except KeyError:
+            return "unknown_key"
+        except InvalidTag:
+            return "forged"
+        age = now // 1000 - int.from_bytes(plain[ID_BYTES:], "big")
+        return Ticket(plain[:ID_BYTES], key_id != self._keyring.newest_id or age * 2 > self._max_age_seconds)
+
+    def read(self, header: bytes, now: int) -> Ticket | None | str:
+        """`find` and `open` in one: a ticket, None without a cookie, or a reason code."""
+        value = self.find(header)
+        return self.open(value, now) if type(value) is bytes else value
+
+    def value(self, session_id: bytes, now: int) -> str:
+        """The sealed value for a session, issued at `now` milliseconds."""
+        issued = min(now // 1000, 2**32 - 1).to_bytes(4, "big")
+        sealed = self._keyring.seal(session_id + issued, self._context)
+        return urlsafe_b64encode(VERSION + self._keyring.newest_id + sealed).decode()
+
+    def issue(self, session_id: bytes, now: int) -> str:
+        """The Set-Cookie value that gives the browser this session."""
+        return f"{self._prefix}{self.value(session_id, now)}; Max-Age={self._max_age_seconds}{self._attributes}"
+
+    def expire(self) -> str:
+        """The Set-Cookie value that takes the cookie away."""
+        return f"{self._prefix}; Max-Age=0{self._attributes}"
+
+
+def _attributes(config: SessionConfig) -> str:
+    return "".join(
+        f"; {text}"
+        for text, wanted in (
+            (f"Path={config.path}", True),
+            (f"Domain={config.domain}", config.domain is not None),
+            (f"SameSite={config.same_site}", True),
+            ("HttpOnly", config.http_only),
+            ("Secure", config.secure),
+            ("Partitioned", config.partitioned),
+        )
+        if wanted
+    )
+
+
+def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHeaders:
+    """A response's headers when the application looked at its session: `Vary: Cookie`, once.
+
+    With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
+    """
+    result, vary = [], b"Cookie"
+    for name, value in headers:
+        lowered = name.lower()
+        if lowered == b"vary":
+            vary = _joined(vary, value)
+        elif set_cookie is None or lowered not in (b"cache-control", b"expires", b"pragma"):
+            result.append((name, value))
+    result.append((b"vary", vary))
+    if set_cookie is not None:
+        result.append((b"cache-control", b"no-store"))
+        result.append((b"set-cookie", set_cookie.encode("latin-1")))
+    return result
+
+
+def _joined(vary: bytes, more: bytes) -> bytes:
+    """Two Vary lists as one; * swallows all."""
+    known = [field.strip() for field in vary.split(b",")]
+    fields = [field.strip() for field in more.split(b",") if field.strip()]
+    if b"*" in known or b"*" in fields:
+        return b"*"
+    lowered = {field.lower() for field in known}
+    return b", ".join([field for field in fields if field.lower() not in lowered] + known)

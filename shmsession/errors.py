@@ -1,0 +1,78 @@
+"""Every error the library raises, under one root.
+
+    ShmSessionError
+    ├── ConfigError (ValueError)         a setting or a combination of settings that cannot work
+    ├── NoSessionError (LookupError)     `Session.of` found no session: no middleware, or a skipped path
+    ├── SessionGone                      the session was destroyed or renewed by somebody else meanwhile
+    ├── ReadOnlySession (TypeError)      a write on a read-only session
+    ├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
+    ├── ResponseStarted                  a new cookie is needed, but the headers have left
+    ├── ContentionError                  `apply` lost the race for one key too often
+    ├── CodecError (ValueError)
+    │   ├── UnsupportedValue (TypeError) a value that cannot be stored, named by its key
+    │   └── UndecodableValue             stored bytes that this process cannot decode
+    └── StoreError                       the memory store cannot do it now: middleware answers 503
+        ├── StoreFull                    no room left that may be used for this
+        ├── Unreadable                   written under an unknown Key, or by a newer version
+        └── UnsafeStore                  the directory, a file in it or its other users are not to be trusted
+"""
+
+
+class ShmSessionError(Exception):
+    """Root of all errors of this library."""
+
+
+class ConfigError(ShmSessionError, ValueError):
+    """A setting that cannot work; the message says what to write instead."""
+
+
+class NoSessionError(ShmSessionError, LookupError):
+    """`Session.of` was given a request that no SessionMiddleware has seen."""
+
+
+class SessionGone(ShmSessionError):
+    """The session was destroyed, renewed or expired while this request held it: its changes are dropped."""
+
+
+class ReadOnlySession(ShmSessionError, TypeError):
+    """A write on a session that was opened read-only."""
+
+
+class SessionTooLarge(ShmSessionError, ValueError):
+    """The session's encoded data would exceed the configured `max_size`; nothing was written."""
+
+
+class ResponseStarted(ShmSessionError):
+    """The change needs a new cookie, but the response's headers have already been sent."""
+
+
+class ContentionError(ShmSessionError):
+    """`apply` or `increment` met a changed value at every one of its attempts; nothing was written."""
+
+
+class CodecError(ShmSessionError, ValueError):
+    """A value cannot be turned into bytes, or bytes into a value."""
+
+
+class UnsupportedValue(CodecError, TypeError):
+    """A value of a type that sessions do not store; the message names its key."""
+
+
+class UndecodableValue(CodecError):
+    """Stored bytes that this process cannot decode, such as a type it has not registered."""
+
+
+class StoreError(ShmSessionError):
+    """The memory store cannot serve this request now. It says nothing about whether a session exists."""
+
+
+class StoreFull(StoreError):
+    """No room left in the memory store for this kind of write; nothing was written."""
+
+
+class Unreadable(StoreError):
+    """A record sealed under a Key this process does not have, or in a newer format. It is left untouched."""
+
+
+class UnsafeStore(StoreError):
+    """The store's directory or a file in it is not private to this user and PID namespace: refused."""

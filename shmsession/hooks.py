@@ -1,0 +1,70 @@
+"""What happened, for those who want to know: one frozen dataclass an event, and any callable that takes one."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+logger = logging.getLogger("shmsession")
+
+
+@dataclass(frozen=True, slots=True)
+class CookieRefused:
+    """A cookie was no session. `reason`: duplicate, malformed, unknown_key or forged."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDropped:
+    """A request's changes were dropped: its session had been destroyed, renewed or had expired. `handle` in hex."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """`count` anonymous sessions were removed from memory to make room for others."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCorrupt:
+    """A record's MAC was wrong: it is not served. `handle` in hex."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """The memory store was damaged, put aside as `path` and rebuilt with the `imported` records that were whole."""
+
+    path: str
+    imported: int
+
+
+Event = CookieRefused | CommitDropped | Evicted | RecordCorrupt | Quarantined
+
+
+class Hook(Protocol):
+    """Called in the process and thread where it happened, after the fact; what it raises is logged and ignored."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+class Hooks:
+    """Counts every event by its kind and calls the application's hooks."""
+
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        self._hooks = tuple(hooks)
+        self.counts: dict[str, int] = {}
+
+    def emit(self, event: Event) -> None:
+        kind = type(event).__name__
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:  # a hook is somebody else's code: whatever it raises must not break a request
+                logger.exception("a hook failed on %s", kind)

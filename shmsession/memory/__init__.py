@@ -1,0 +1,1 @@
+"""The memory store: records in an LMDB environment that all processes of this host map."""

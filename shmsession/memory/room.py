@@ -1,0 +1,79 @@
+"""Who may still come in when the map fills, and who goes first."""
+
+from typing import Final
+
+from ..errors import StoreFull
+from ..record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack_header
+from .environment import Usage
+from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, unindex
+
+QUIET_MS: Final = 60_000
+"""Nothing that changed within this time is evicted or forgotten: a slow fill must still meet it."""
+
+NEW_ANONYMOUS: Final = 60
+NEW_LOGGED_IN: Final = 80
+UPDATE: Final = 90
+"""Per cent of the map's pages up to which each kind of write is let in; tombstones always are."""
+
+_SCAN_PER_EVICTION: Final = 8
+
+
+def admit(usage: Usage, limit: int, grows_by: int) -> None:
+    """Raise StoreFull when `grows_by` more bytes would take more than `limit` per cent of the map."""
+    if (usage.used + 1 + grows_by // 4096) * 100 > usage.total * limit:
+        raise StoreFull(
+            f"the memory store is full: {usage.used} of {usage.total} pages are in use, {limit} % may be for this. "
+            "Raise SHMSESSION_MAP_SIZE, or shorten SHMSESSION_LIFESPAN"
+        )
+
+
+def limit_for(header: Header) -> int:
+    return NEW_LOGGED_IN if header.flags & AUTHENTICATED else NEW_ANONYMOUS
+
+
+def evict(txn: Txn, tables: Tables, boot: int, count: int, *, backend: bool) -> int:
+    """Remove up to `count` records that may go, soonest to end first; returns how many went.
+
+    With a backend: what it has too, anonymous before logged-in. Then anonymous records that exist in memory only.
+    Never dirty ones, never a logged-in one that cannot be loaded again, never one that changed within QUIET_MS.
+    """
+    gone = 0
+    rounds = [(ANONYMOUS_CLASS, True), (LOGGED_IN_CLASS, True)] if backend else []
+    for kind, recoverable in [*rounds, (ANONYMOUS_CLASS, False)]:
+        gone += _evict_class(txn, tables, kind, boot, count - gone, recoverable=recoverable)
+        if gone >= count:
+            break
+    return gone
+
+
+def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, recoverable: bool) -> int:
+    victims: list[tuple[bytes, Header]] = []
+    cursor = txn.cursor(tables.expiry)
+    found = cursor.set_range(expiry_bound(kind, 0))
+    for _ in range(count * _SCAN_PER_EVICTION):
+        if not found or len(victims) >= count or cursor.key()[0] != kind:
+            break
+        handle = handle_in(bytes(cursor.key()))
+        raw = txn.get(handle, db=tables.records)
+        if raw is not None:
+            header = unpack_header(bytes(raw))
+            if _may_go(header, boot, recoverable=recoverable):
+                victims.append((handle, header))
+        found = cursor.next()
+    for handle, header in victims:
+        unindex(txn, tables, handle, header)
+        txn.delete(handle, db=tables.records)
+    return len(victims)
+
+
+def _may_go(header: Header, boot: int, *, recoverable: bool) -> bool:
+    if header.flags & TOMBSTONE or header.dirty_seq or is_recent(header, boot):
+        return False
+    return not recoverable or bool(header.flags & STORABLE)
+
+
+def is_recent(header: Header, boot: int) -> bool:
+    """Whether it changed within QUIET_MS of this boot; a change of an earlier boot is not recent."""
+    return 0 <= boot - header.changed < QUIET_MS
+
+

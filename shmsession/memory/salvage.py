@@ -1,0 +1,58 @@
+"""What can still be read from a damaged environment, by a process that may die of it.
+
+This file is also that process's program: it imports nothing of the package.
+"""
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+
+TIMEOUT_SECONDS = 120
+
+
+def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
+    """(handle, stored bytes) of every record that a walk over `environment` meets before it ends or crashes."""
+    python = _interpreter()
+    if python is None:
+        return
+    command = [python, "-P", __file__, str(environment)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=False)
+        output = done.stdout
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout or b""
+    yield from _parse(output)
+
+
+def _interpreter() -> str | None:
+    """The Python that runs this; under an embedding server sys.executable is that server."""
+    candidates = [sys.executable, f"{sysconfig.get_path('scripts')}/python", f"{sysconfig.get_config_var('BINDIR')}/python3"]
+    return next((path for path in candidates if path and "python" in Path(path).name and Path(path).exists()), None)
+
+
+def _parse(output: bytes) -> Iterator[tuple[bytes, bytes]]:
+    position = 0
+    while position + 8 <= len(output):
+        key_size = int.from_bytes(output[position : position + 4], "big")
+        value_size = int.from_bytes(output[position + 4 : position + 8], "big")
+        begin = position + 8
+        position = begin + key_size + value_size
+        if position <= len(output):
+            yield output[begin : begin + key_size], output[begin + key_size : position]
+
+
+def _walk(environment: str) -> None:  # pragma: no cover  # runs in the child, which may die without a word
+    env = lmdb.open(environment, readonly=True, lock=False, max_dbs=8, create=False)
+    records = env.open_db(b"records", create=False)
+    with env.begin() as txn:
+        for handle, raw in txn.cursor(records):
+            sys.stdout.buffer.write(len(handle).to_bytes(4, "big") + len(raw).to_bytes(4, "big") + handle + raw)
+            sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":  # pragma: no cover  # as above
+    _walk(sys.argv[1])

@@ -1,0 +1,44 @@
+"""Records sealed for their handle: bytes that no other process wrote are noticed before they are believed."""
+
+import struct
+from hmac import compare_digest
+
+from ..errors import Unreadable
+from ..keyring import MAC_BYTES, Keyring
+from ..record import FORMAT, HEADER_BYTES, Header, Record, pack_header, unpack_header
+
+_SHORTEST = HEADER_BYTES + MAC_BYTES
+
+
+class RecordSeal:
+    """header + data + keyed BLAKE2b-128 over handle, header and data."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._mac = keyring.mac
+        self.key_id = keyring.newest_id
+
+    def close(self, handle: bytes, header: Header, data: bytes) -> Record:
+        """The record to store. `header.key_id` must be the newest Key's."""
+        body = pack_header(header) + data
+        return Record(body + self._mac(header.key_id, handle + body), header, data)
+
+    def open(self, handle: bytes, raw: bytes) -> Record | None:
+        """The record in stored bytes; None when they are corrupt.
+
+        Raises Unreadable for an unknown Key or a newer format: another generation of this program wrote it.
+        """
+        try:
+            header = unpack_header(raw)
+        except struct.error:
+            return None
+        if len(raw) < _SHORTEST:
+            return None
+        if header.format != FORMAT or header.key_id not in self._keyring:
+            raise Unreadable(
+                f"a session was stored in format {header.format} under Key {header.key_id.hex()}, which this process "
+                "does not have: keep the older Key in SHMSESSION_KEY until its sessions have ended"
+            )
+        if not compare_digest(self._mac(header.key_id, handle + raw[:-MAC_BYTES]), raw[-MAC_BYTES:]):
+            return None
+        return Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES])

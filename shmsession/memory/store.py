@@ -1,0 +1,487 @@
+"""The memory store: what may happen to a record, each in one transaction.
+
+Missing is an answer, not an error. Nothing here waits, decodes a value or calls the application's code.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
+
+from ..clock import Clock
+from ..errors import SessionTooLarge, StoreFull, Unreadable
+from ..hooks import Evicted, Hooks, Quarantined, RecordCorrupt
+from ..ids import tag_of
+from ..keyring import Keyring
+from ..record import (
+    AUTHENTICATED,
+    NO_TAG,
+    RENEWED,
+    STORABLE,
+    TOMBSTONE,
+    USER_KEY,
+    Changes,
+    Data,
+    Header,
+    Lifetimes,
+    Record,
+    first_header,
+    join,
+    next_header,
+    tombstone,
+    unpack_header,
+)
+from . import environment, room
+from .seal import RecordSeal
+from .tables import (
+    ANONYMOUS_CLASS,
+    LOGGED_IN_CLASS,
+    TOMBSTONE_CLASS,
+    Tables,
+    Txn,
+    expiry_bound,
+    expiry_key,
+    handle_in,
+    index,
+    number,
+    sequence_key,
+    unindex,
+)
+
+T = TypeVar("T")
+
+STALE_FILL_MS: Final = 30_000
+STEP_TOLERANCE_MS: Final = 5_000
+STEP_PAUSE_MS: Final = 300_000
+EVICTION_BATCH: Final = 64
+MAP_FULL_ATTEMPTS: Final = 4
+FULL_PAUSE_MS: Final = 1_000
+"""After a search for room that found none, nobody searches again for this long: a flood must not pay for one each."""
+
+
+class Missing(Enum):
+    """Why there is no record. UNKNOWN: a backend may have it. DEAD, RENEWED: it was destroyed, or got a new id."""
+
+    UNKNOWN = "unknown"
+    DEAD = "dead"
+    RENEWED = "renewed"
+
+
+class Conflict(NamedTuple):
+    """An expected value was another one; here is the record as it is. Nothing was written."""
+
+    record: Record
+
+
+class MemoryStore:
+    """Records by handle. `backend`: whether commits are to be noted in the outbox for one."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        name: str,
+        keyring: Keyring,
+        lifetimes: Lifetimes,
+        clock: Clock,
+        *,
+        map_size: int | None = None,
+        max_size: int = 64 * 1024,
+        backend: bool = False,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self._seal = RecordSeal(keyring)
+        self._lifetimes = lifetimes
+        self._clock = clock
+        self._max_size = max_size
+        self._backend = backend
+        self._hooks = hooks or Hooks()
+        self._full_since = -FULL_PAUSE_MS
+        base = directory or environment.place.default_directory()
+        self.environment = environment.acquire(base, name, map_size, clock, self._judge)
+        self.environment.on_quarantine = lambda path, count: self._hooks.emit(Quarantined(str(path), count))
+
+    def close(self) -> None:
+        """Give the environment back. The store must not be used afterwards."""
+        environment.release(self.environment)
+
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def load(self, handle: bytes, now: int) -> Record | Missing:
+        """The live record. Raises Unreadable for one sealed under an unknown Key or in a newer format."""
+        raw = self.environment.get(handle)
+        return Missing.UNKNOWN if raw is None else self._live(handle, raw, now)
+
+    def _live(self, handle: bytes, raw: bytes, now: int) -> Record | Missing:
+        record = self._seal.open(handle, raw)
+        if record is None:
+            self._hooks.emit(RecordCorrupt(handle.hex()))
+            return Missing.UNKNOWN
+        header = record.header
+        if header.flags & TOMBSTONE:
+            return Missing.RENEWED if header.flags & RENEWED else Missing.DEAD
+        return record if now < header.idle_expiry and now < header.absolute else Missing.DEAD
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def create(self, handle: bytes, changes: Changes, now: int) -> Record | None:
+        """Insert a new record; None when the handle is taken. Raises StoreFull."""
+        record = self._first(handle, changes.merged({}), changes, now)
+
+        def work(txn: Txn, tables: Tables) -> Record | None:
+            if txn.get(handle, db=tables.records) is not None:
+                return None
+            self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
+            return self._insert(txn, tables, handle, record)
+
+        return self._write(work)
+
+    def update(self, handle: bytes, base: Record, changes: Changes, now: int) -> Record | Conflict | Missing:
+        """Merge `changes` into the record as it is now; never creates. `base` is what the caller loaded.
+
+        Raises StoreFull and Unreadable.
+        """
+        boot = self._clock.boot()
+        prepared = self._next(handle, base, changes, now, boot) if self._is_live(base.header, now) else None
+
+        def work(txn: Txn, tables: Tables) -> Record | Conflict | Missing:
+            raw = txn.get(handle, db=tables.records)
+            if raw is None:
+                return Missing.UNKNOWN
+            if raw == base.raw and prepared is not None:
+                stored, record = base, prepared
+            else:
+                found = self._live(handle, raw, now)  # type: ignore[arg-type]
+                if isinstance(found, Missing):
+                    return found
+                if not changes.fits(found.split()):
+                    return Conflict(found)
+                stored, record = found, self._next(handle, found, changes, now, boot)
+            return self._replace(txn, tables, handle, stored, record)
+
+        return self._write(work)
+
+    def touch(self, handle: bytes, base: Record, now: int) -> Record | Missing:
+        """Move the idle expiry. A store without room for it leaves the session as it is."""
+        try:
+            result = self.update(handle, base, Changes(touch=True), now)
+        except StoreFull:
+            return base
+        return result.record if isinstance(result, Conflict) else result
+
+    def fill(self, handle: bytes, header: Header, data: bytes, missed: int) -> Record | Missing | None:
+        """Keep what a backend answered to a miss at boot time `missed`; not dirty.
+
+        Never over a tombstone or a newer record, which is returned instead; None when the answer is too old to be
+        believed, or there is no room.
+        """
+        boot = self._clock.boot()
+        kept = header._replace(key_id=self._seal.key_id, dirty_seq=0, changed=boot)
+        record = self._seal.close(handle, kept, data)
+
+        def work(txn: Txn, tables: Tables) -> Record | Missing | None:
+            if self._clock.boot() - missed > STALE_FILL_MS:
+                return None
+            raw = txn.get(handle, db=tables.records)
+            if raw is not None:
+                found = self._live(handle, raw, self._clock.now())  # type: ignore[arg-type]
+                if found is not Missing.UNKNOWN:
+                    newer = not isinstance(found, Missing) and _order(found.header) < _order(header)
+                    if not newer or isinstance(found, Missing) or found.header.dirty_seq:
+                        return found
+                unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
+                txn.delete(handle, db=tables.records)
+            self._admit(txn, tables, room.limit_for(kept), len(record.raw))
+            txn.put(handle, record.raw, db=tables.records)
+            index(txn, tables, handle, kept)
+            return record
+
+        try:
+            return self._write(work)
+        except StoreFull:
+            return None
+
+    def renew(
+        self, old: bytes, new: bytes, base: Record, changes: Changes, now: int, user: bytes | None, *, login: bool
+    ) -> Record | Missing:
+        """Move the session to a new handle, merged as it is now; the old one becomes a tombstone that says so.
+
+        `user` is the encoded user id the session has from now on, None for none. With `login` the absolute deadline
+        begins anew. Raises StoreFull, Unreadable.
+        """
+        boot = self._clock.boot()
+        prepared = self._moved(new, base, changes, now, boot, user, login=login) if self._is_live(base.header, now) else None
+
+        def work(txn: Txn, tables: Tables) -> Record | Missing:
+            raw = txn.get(old, db=tables.records)
+            if raw is None:
+                return Missing.UNKNOWN
+            if raw == base.raw and prepared is not None:
+                found, record = base, prepared
+            else:
+                now_stored = self._live(old, raw, now)  # type: ignore[arg-type]
+                if isinstance(now_stored, Missing):
+                    return now_stored
+                found, record = now_stored, self._moved(new, now_stored, changes, now, boot, user, login=login)
+            self._admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
+            self._bury(txn, tables, old, found.header, now, boot, renewed=True)
+            return self._insert(txn, tables, new, record)
+
+        return self._write(work)
+
+    def destroy(self, handle: bytes, now: int) -> bool:
+        """Replace the record by a tombstone; False when there was none. Works in a full store."""
+        boot = self._clock.boot()
+
+        def work(txn: Txn, tables: Tables) -> bool:
+            raw = txn.get(handle, db=tables.records)
+            if raw is None:
+                return False
+            found = self._seal.open(handle, raw)  # type: ignore[arg-type]
+            header = self._first(handle, {}, Changes(), now).header if found is None else found.header
+            if header.flags & TOMBSTONE:
+                return False
+            self._bury(txn, tables, handle, header, now, boot, renewed=False)
+            return True
+
+        return self._write(work)
+
+    # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def sweep(self, now: int, limit: int = 100) -> int:
+        """Remove up to `limit` records that have ended and tombstones that may be forgotten; returns how many went.
+
+        Pauses for five minutes after the wall clock stepped: what looks expired then may not be.
+        """
+        boot = self._clock.boot()
+
+        def work(txn: Txn, tables: Tables) -> int:
+            if self._clock_stepped(txn, tables, now, boot):
+                return 0
+            gone = 0
+            for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
+                rows = _due(txn, tables, kind, now, limit - gone)
+                gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+            return gone
+
+        if not self.environment.read(lambda txn, tables: _any_due(txn, tables, now)):
+            return 0
+        return self._write(work)
+
+    def evict(self, count: int = EVICTION_BATCH) -> int:
+        """Remove up to `count` records that may go (`room.evict`); returns how many went."""
+        boot = self._clock.boot()
+        gone = self._write(lambda txn, tables: room.evict(txn, tables, boot, count, backend=self._backend))
+        if gone:
+            self._hooks.emit(Evicted(gone))
+        return gone
+
+    def count(self) -> int:
+        """How many sessions there are, ended ones that nobody has swept yet included."""
+
+        def work(txn: Txn, tables: Tables) -> int:
+            dead = 0
+            cursor = txn.cursor(tables.expiry)
+            found = cursor.set_range(expiry_bound(TOMBSTONE_CLASS, 0))
+            while found:
+                dead += 1
+                found = cursor.next()
+            return int(txn.stat(tables.records)["entries"]) - dead
+
+        return self.environment.read(work)
+
+    def clear(self) -> int:
+        """Destroy every session, with a tombstone each; returns how many there were."""
+        handles = self.environment.read(lambda txn, tables: [bytes(key) for key, _ in txn.cursor(tables.records)])
+        now = self._clock.now()
+        return sum(self.destroy(handle, now) for handle in handles)
+
+    def usage(self) -> environment.Usage:
+        """Pages in use, touched and in all."""
+        return self.environment.read(self.environment.usage)
+
+    def outbox(self) -> list[tuple[int, bytes]]:
+        """(sequence, handle) of every commit that no backend has acknowledged, oldest first."""
+        return self.environment.read(
+            lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
+        )
+
+    # ── inside a transaction ──────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, work: Callable[[Txn, Tables], T]) -> T:
+        """Run `work`; when there is no room, make some and try again before giving up."""
+        for attempt in range(MAP_FULL_ATTEMPTS):
+            try:
+                return self.environment.write(work)
+            except StoreFull:
+                if attempt == MAP_FULL_ATTEMPTS - 1 or not self._make_room():
+                    raise
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def _make_room(self) -> bool:
+        boot, now = self._clock.boot(), self._clock.now()
+        if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
+            return False
+
+        def work(txn: Txn, tables: Tables) -> int:
+            rows = [] if self._clock_stepped(txn, tables, now, boot) else _due(txn, tables, ANONYMOUS_CLASS, now, EVICTION_BATCH)
+            swept = sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+            return swept or -room.evict(txn, tables, boot, EVICTION_BATCH, backend=self._backend)
+
+        try:
+            gone = self.environment.write(work)
+        except StoreFull:
+            return False
+        if gone < 0:
+            self._hooks.emit(Evicted(-gone))
+        if gone == 0:
+            self._full_since = boot
+        return gone != 0
+
+    def _admit(self, txn: Txn, tables: Tables, limit: int, grows_by: int) -> None:
+        room.admit(self.environment.usage(txn, tables), limit, grows_by)
+
+    def _is_live(self, header: Header, now: int) -> bool:
+        return now < header.idle_expiry and now < header.absolute
+
+    def _first(self, handle: bytes, data: Data, changes: Changes, now: int) -> Record:
+        user = data.get(USER_KEY)
+        tag = NO_TAG if user is None else tag_of(user)
+        epoch, key_id = self.environment.epoch, self._seal.key_id
+        header = first_header(now, self._clock.boot(), changes, self._lifetimes, epoch, key_id, tag)
+        return self._seal.close(handle, header, self._joined(data))
+
+    def _next(self, handle: bytes, base: Record, changes: Changes, now: int, boot: int) -> Record:
+        epoch, key_id = self.environment.epoch, self._seal.key_id
+        header = next_header(base.header, now, boot, changes, self._lifetimes, epoch, key_id)
+        if changes.set or changes.deleted or changes.cleared:
+            return self._seal.close(handle, header, self._joined(changes.merged(base.split())))
+        return self._seal.close(handle, header, base.data)
+
+    def _moved(
+        self, new: bytes, found: Record, changes: Changes, now: int, boot: int, user: bytes | None, *, login: bool
+    ) -> Record:
+        data = changes.merged(found.split())
+        data.pop(USER_KEY, None)
+        if user is not None:
+            data[USER_KEY] = user
+        touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
+        header = next_header(found.header, now, boot, touched, self._lifetimes, self.environment.epoch, self._seal.key_id)
+        flags = header.flags & ~AUTHENTICATED | (AUTHENTICATED if user is not None else 0)
+        absolute = self._lifetimes.deadline(now) if login else header.absolute
+        header = header._replace(
+            flags=flags, version=1, dirty_seq=0, absolute=absolute, horizon=max(header.horizon, min(header.idle_expiry, absolute)),
+            user_tag=NO_TAG if user is None else tag_of(user),
+        )  # fmt: skip
+        return self._seal.close(new, header, self._joined(data))
+
+    def _joined(self, data: Data) -> bytes:
+        joined = join(data) if data else b""
+        if len(joined) > self._max_size:
+            raise SessionTooLarge(
+                f"the session's data takes {len(joined)} bytes, max_size is {self._max_size}: "
+                "store less in it, or raise SessionConfig(max_size=)"
+            )
+        return joined
+
+    def _insert(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
+        record = self._dirtied(txn, tables, handle, record)
+        txn.put(handle, record.raw, db=tables.records, overwrite=False)
+        index(txn, tables, handle, record.header)
+        return record
+
+    def _replace(self, txn: Txn, tables: Tables, handle: bytes, stored: Record, record: Record) -> Record:
+        growth = len(record.raw) - len(stored.raw)
+        if growth > 0:
+            self._admit(txn, tables, room.UPDATE, growth)
+        record = self._dirtied(txn, tables, handle, record)
+        txn.put(handle, record.raw, db=tables.records)
+        if record.header.dirty_seq != stored.header.dirty_seq or record.header.expires != stored.header.expires:
+            unindex(txn, tables, handle, stored.header)
+            index(txn, tables, handle, record.header)
+        return record
+
+    def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
+        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
+        header = record.header
+        if not self._backend or header.dirty_seq or not header.flags & STORABLE:
+            return record
+        sequence = number(txn.get(b"sequence", db=tables.meta)) + 1  # type: ignore[arg-type]
+        txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
+        return self._seal.close(handle, header._replace(dirty_seq=sequence), record.data)
+
+    def _bury(self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *, renewed: bool) -> None:
+        """Put a tombstone in the record's place. It remembers the horizon, until which a backend must know it."""
+        epoch, key_id = self.environment.epoch, self._seal.key_id
+        dead = tombstone(header, now, boot, room.QUIET_MS, epoch, key_id, renewed=renewed)
+        record = self._dirtied(txn, tables, handle, self._seal.close(handle, dead, b""))
+        unindex(txn, tables, handle, header)
+        txn.put(handle, record.raw, db=tables.records)
+        index(txn, tables, handle, record.header)
+
+    def _sweep_row(self, txn: Txn, tables: Tables, row: bytes, now: int, boot: int) -> int:
+        """Deal with one due row of the expiry table; 1 when a record went with it."""
+        handle = handle_in(row)
+        raw = txn.get(handle, db=tables.records)
+        header = None if raw is None else self._judge_header(handle, raw)  # type: ignore[arg-type]
+        if header is None or expiry_key(header, handle) != row:
+            txn.delete(row, db=tables.expiry)
+            return int(header is None and txn.delete(handle, db=tables.records))
+        if header.flags & TOMBSTONE:
+            if header.dirty_seq or room.is_recent(header, boot):
+                return 0
+        elif header.dirty_seq:
+            self._bury(txn, tables, handle, header, now, boot, renewed=False)
+            return 1
+        unindex(txn, tables, handle, header)
+        txn.delete(handle, db=tables.records)
+        return 1
+
+    def _clock_stepped(self, txn: Txn, tables: Tables, now: int, boot: int) -> bool:
+        """Whether wall clock and boot clock have disagreed within the pause: one of them stepped."""
+        offset = now - boot + 2**62
+        known = txn.get(b"clock", db=tables.meta)
+        if known is None:
+            txn.put(b"clock", sequence_key(offset) + sequence_key(0), db=tables.meta)
+            return False
+        before, until = number(known[:8]), number(known[8:])  # type: ignore[arg-type]
+        if abs(before - offset) > STEP_TOLERANCE_MS:
+            until = boot + STEP_PAUSE_MS
+            txn.put(b"clock", sequence_key(offset) + sequence_key(until), db=tables.meta)
+        return boot < until <= boot + STEP_PAUSE_MS
+
+    def _judge(self, handle: bytes, raw: bytes) -> Header | None:
+        """A salvaged record's header when it is whole and must be kept: all of them, or with a backend what it lacks."""
+        header = self._judge_header(handle, raw)
+        if header is None or (self._backend and not (header.dirty_seq or header.flags & TOMBSTONE)):
+            return None
+        return header
+
+    def _judge_header(self, handle: bytes, raw: bytes) -> Header | None:
+        """The header of whole or unreadable bytes, None for corrupt ones."""
+        try:
+            record = self._seal.open(handle, raw)
+        except Unreadable:
+            return unpack_header(raw)
+        return None if record is None else record.header
+
+
+def _order(header: Header) -> tuple[int, int]:
+    return header.epoch, header.version
+
+
+def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[bytes]:
+    """Up to `limit` rows of a class whose time has come."""
+    rows: list[bytes] = []
+    cursor = txn.cursor(tables.expiry)
+    found = cursor.set_range(expiry_bound(kind, 0))
+    end = expiry_bound(kind, now + 1)
+    while found and len(rows) < limit and cursor.key() < end:
+        rows.append(bytes(cursor.key()))
+        found = cursor.next()
+    return rows
+
+
+def _any_due(txn: Txn, tables: Tables, now: int) -> bool:
+    return any(_due(txn, tables, kind, now, 1) for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS))
+
+

@@ -1,0 +1,79 @@
+"""The tables of the environment and the shapes of their keys. Big-endian numbers sort as they count."""
+
+import struct
+from typing import Final, NamedTuple
+
+import lmdb
+
+from ..record import AUTHENTICATED, NO_TAG, TOMBSTONE, Header
+
+ANONYMOUS_CLASS: Final = 0
+LOGGED_IN_CLASS: Final = 1
+TOMBSTONE_CLASS: Final = 2
+
+_EXPIRY = struct.Struct(">BQ20s")
+_SEQUENCE = struct.Struct(">Q")
+
+Txn = lmdb.Transaction
+
+
+class Tables(NamedTuple):
+    """Handles of one opened environment.
+
+    records: handle → record. expiry: class, time, handle → nothing; it names exactly when each record ends.
+    outbox: sequence → handle, what a backend has not acknowledged. users: user tag, handle → nothing. meta: by name.
+    """
+
+    records: lmdb._Database
+    expiry: lmdb._Database
+    outbox: lmdb._Database
+    users: lmdb._Database
+    meta: lmdb._Database
+
+
+NAMES: Final = tuple(name.encode() for name in Tables._fields)
+
+
+def class_of(header: Header) -> int:
+    if header.flags & TOMBSTONE:
+        return TOMBSTONE_CLASS
+    return LOGGED_IN_CLASS if header.flags & AUTHENTICATED else ANONYMOUS_CLASS
+
+
+def expiry_key(header: Header, handle: bytes) -> bytes:
+    return _EXPIRY.pack(class_of(header), header.expires, handle)
+
+
+def expiry_bound(kind: int, time: int) -> bytes:
+    """Every row of this class that is due before `time` sorts below it."""
+    return _EXPIRY.pack(kind, max(0, time), bytes(20))
+
+
+def handle_in(expiry_row: bytes) -> bytes:
+    return expiry_row[9:]
+
+
+def sequence_key(sequence: int) -> bytes:
+    return _SEQUENCE.pack(sequence)
+
+
+def number(stored: bytes | None) -> int:
+    return 0 if stored is None else int(_SEQUENCE.unpack(stored)[0])
+
+
+def index(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
+    """Write the rows that lead to this record."""
+    txn.put(expiry_key(header, handle), b"", db=tables.expiry)
+    if header.user_tag != NO_TAG:
+        txn.put(header.user_tag + handle, b"", db=tables.users)
+    if header.dirty_seq:
+        txn.put(sequence_key(header.dirty_seq), handle, db=tables.outbox)
+
+
+def unindex(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
+    """Remove them."""
+    txn.delete(expiry_key(header, handle), db=tables.expiry)
+    if header.user_tag != NO_TAG:
+        txn.delete(header.user_tag + handle, db=tables.users)
+    if header.dirty_seq:
+        txn.delete(sequence_key(header.dirty_seq), db=tables.outbox)

@@ -1,0 +1,185 @@
+"""A record: the fixed header in front of a session's data, and the rules by which a commit makes the next one.
+
+Everything here is pure: bytes and numbers in, bytes and numbers out. Times are milliseconds.
+"""
+
+import struct
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import msgpack
+
+FORMAT: Final = 1
+NEVER: Final = 2**63 - 1
+
+STORABLE: Final = 1
+LONGTERM: Final = 2
+AUTHENTICATED: Final = 4
+TOMBSTONE: Final = 8
+RENEWED: Final = 16
+
+USER_KEY: Final = 0
+NO_TAG: Final = bytes(8)
+
+DataKey = str | int
+Data = dict[DataKey, bytes]
+"""Already encoded values by key. The application's keys are str; int keys are the library's own (0: the user id)."""
+
+_LAYOUT = struct.Struct(">BB4sQQQQQQQQQ8s")
+HEADER_BYTES: Final = _LAYOUT.size
+
+
+class Header(NamedTuple):
+    """What is known of a session without decoding its data."""
+
+    format: int
+    flags: int
+    key_id: bytes
+    epoch: int
+    version: int
+    dirty_seq: int
+    created: int
+    last_seen: int
+    idle_expiry: int
+    absolute: int
+    horizon: int
+    changed: int
+    user_tag: bytes
+
+    @property
+    def expires(self) -> int:
+        """When the session ends, in wall-clock milliseconds; for a tombstone, when it may be forgotten."""
+        return min(self.idle_expiry, self.absolute)
+
+
+class Record(NamedTuple):
+    """A record as stored: `raw` is all of it, MAC included."""
+
+    raw: bytes
+    header: Header
+    data: bytes
+
+    def split(self) -> Data:
+        """The data's encoded values by key; none of them is decoded."""
+        return split(self.data) if self.data else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long sessions live, in milliseconds. `absolute` None: no deadline that activity cannot move."""
+
+    idle: int
+    longterm: int
+    absolute: int | None = None
+
+    def idle_expiry(self, now: int, flags: int) -> int:
+        """When a session last seen at `now` falls idle."""
+        return now + (self.longterm if flags & LONGTERM else self.idle)
+
+    def deadline(self, now: int) -> int:
+        """The absolute deadline of a session that begins, or is logged in, at `now`."""
+        return NEVER if self.absolute is None else now + self.absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a request did to a session, as bytes: merged into the record as it is when the commit happens.
+
+    `expect` holds keys whose stored bytes must still be these (None: absent), or nothing is written.
+    """
+
+    set: Mapping[DataKey, bytes] = field(default_factory=dict)
+    deleted: Collection[DataKey] = ()
+    cleared: bool = False
+    touch: bool = False
+    storable: bool | None = None
+    longterm: bool | None = None
+    expect: Mapping[DataKey, bytes | None] | None = None
+
+    def merged(self, data: Data) -> Data:
+        """`data` with these changes; `data` itself is left alone."""
+        result = {} if self.cleared else dict(data)
+        for key in self.deleted:
+            result.pop(key, None)
+        result.update(self.set)
+        return result
+
+    @property
+    def is_touch(self) -> bool:
+        """Whether all that happened is that somebody looked."""
+        return not (self.set or self.deleted or self.cleared or self.storable is not None or self.longterm is not None)
+
+    def changes_nothing_in(self, record: "Record") -> bool:
+        """Whether every assigned value is the one that `record` has, and nothing else happened."""
+        if self.touch or self.deleted or self.cleared or self.storable is not None or self.longterm is not None:
+            return False
+        data = record.split()
+        return all(data.get(key) == value for key, value in self.set.items())
+
+    def fits(self, data: Data) -> bool:
+        """Whether every expected value is still what it was."""
+        return self.expect is None or all(data.get(key) == value for key, value in self.expect.items())
+
+
+def pack_header(header: Header) -> bytes:
+    return _LAYOUT.pack(*header)
+
+
+def unpack_header(raw: bytes) -> Header:
+    """The header of `raw`, unverified. Raises struct.error when `raw` is too short."""
+    return Header._make(_LAYOUT.unpack_from(raw))
+
+
+def join(data: Data) -> bytes:
+    """A MessagePack map of key to encoded value."""
+    return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def split(data: bytes) -> Data:
+    return msgpack.unpackb(data, raw=False, strict_map_key=False)  # type: ignore[no-any-return]
+
+
+def _with(flags: int, flag: int, value: bool | None) -> int:
+    if value is None:
+        return flags
+    return flags | flag if value else flags & ~flag
+
+
+def first_header(
+    now: int, boot: int, changes: Changes, lifetimes: Lifetimes, epoch: int, key_id: bytes, user_tag: bytes = NO_TAG
+) -> Header:
+    """The header of a session that begins now."""
+    flags = AUTHENTICATED if user_tag != NO_TAG else 0
+    flags = _with(flags, STORABLE, changes.storable is not False)
+    flags = _with(flags, LONGTERM, changes.longterm)
+    idle, absolute = lifetimes.idle_expiry(now, flags), lifetimes.deadline(now)
+    return Header(
+        FORMAT, flags, key_id, epoch, 1, 0, now, now, idle, absolute, min(idle, absolute), boot, user_tag
+    )
+
+
+def next_header(
+    header: Header, now: int, boot: int, changes: Changes, lifetimes: Lifetimes, epoch: int, key_id: bytes
+) -> Header:
+    """The header after one more commit. A wall clock that went back moves no expiry forward."""
+    flags = _with(_with(header.flags, STORABLE, changes.storable), LONGTERM, changes.longterm)
+    last_seen, idle, horizon = header.last_seen, header.idle_expiry, header.horizon
+    if changes.touch and now > last_seen:
+        last_seen = now
+    if last_seen != header.last_seen or flags != header.flags:
+        idle = lifetimes.idle_expiry(last_seen, flags)
+        horizon = max(horizon, min(idle, header.absolute))
+    return Header(
+        FORMAT, flags, key_id, epoch, header.version + 1, header.dirty_seq, header.created, last_seen, idle,
+        header.absolute, horizon, boot, header.user_tag,
+    )  # fmt: skip
+
+
+def tombstone(header: Header, now: int, boot: int, keep: int, epoch: int, key_id: bytes, *, renewed: bool) -> Header:
+    """The header that says "destroyed" and keeps saying it for at least `keep` milliseconds."""
+    flags = header.flags & STORABLE | TOMBSTONE | (RENEWED if renewed else 0)
+    return header._replace(
+        format=FORMAT, flags=flags, key_id=key_id, epoch=epoch, version=header.version + 1, last_seen=now,
+        idle_expiry=now + keep, absolute=NEVER, changed=boot, user_tag=NO_TAG,
+    )  # fmt: skip

@@ -1,0 +1,515 @@
+"""The session as the application sees it: a mapping that knows what was done to it, and nothing of stores or HTTP."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from datetime import datetime, timezone
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
+
+from .codec import IMMUTABLE, decode, encode
+from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge
+from .ids import handle_of, text_of
+from .record import LONGTERM, NEVER, STORABLE, USER_KEY, Changes, Data, DataKey, Record
+
+T = TypeVar("T")
+
+APPLY_ATTEMPTS: Final = 100
+ENVIRON_KEY: Final = "shmsession.session"
+_KEEP: Final = object()
+
+
+class Resolved(NamedTuple):
+    """What a request's credential leads to: a stored session, none (`record` None), or one that is `gone`.
+
+    `presented`: the request carried a session cookie, good or bad.
+    """
+
+    session_id: bytes | None = None
+    record: Record | None = None
+    stale_cookie: bool = False
+    gone: bool = False
+    presented: bool = False
+
+
+NOTHING: Final = Resolved()
+
+
+class Port(Protocol):
+    """What a session needs of its store. All of it is synchronous and takes microseconds."""
+
+    max_size: int
+
+    def resolve(self, credential: Any) -> Resolved:
+        """The session that a request's credential names. Raises StoreError."""
+        ...
+
+    def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
+        """Commit `changes` if what they expect holds: (record now, done); None when the session is gone."""
+        ...
+
+    def kill(self, handle: bytes) -> None:
+        """Destroy the session in all processes, now."""
+        ...
+
+    def save(self, session: "Session") -> None:
+        """Commit the session's changes now. Raises SessionGone, ResponseStarted, StoreError."""
+        ...
+
+
+class Session(MutableMapping[str, Any]):
+    """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
+
+    __slots__ = (
+        "_assigned", "_base", "_cleared", "_create", "_credential", "_data", "_deleted", "_drop_cookie", "_loaded",
+        "_longterm", "_mutable", "_port", "_presented", "_record", "_renew", "_seen", "_size", "_stale_cookie", "_storable", "_touch",
+        "_user", "gone", "headers_sent", "owes_cookie", "_id", "accessed", "readonly",
+    )  # fmt: skip
+
+    def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
+        self._port = port
+        self._credential = credential
+        self._loaded = False
+        self.readonly = readonly
+        self.accessed = False
+        self.headers_sent = False
+        self.owes_cookie = False
+        self.gone = False
+
+    @classmethod
+    def of(cls, request: Any) -> "Session":
+        """The session of a Starlette, FastAPI or Flask request, a Django request, an ASGI scope or a WSGI environ.
+
+        Raises NoSessionError when no SessionMiddleware has seen the request, or it was told to skip its path.
+        """
+        for holder in (request, *(getattr(request, name, None) for name in ("scope", "environ", "META"))):
+            if isinstance(holder, Mapping):
+                for key in (ENVIRON_KEY, "session"):
+                    found = holder.get(key)
+                    if isinstance(found, cls):
+                        return found
+        raise NoSessionError(
+            "no session here: add shmsession.asgi.SessionMiddleware or shmsession.wsgi.SessionMiddleware to the "
+            "application, and check that its skip= does not cover this path"
+        )
+
+    # ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _look(self) -> None:
+        """The application looks: load, once."""
+        self.accessed = True
+        if not self._loaded:
+            found = NOTHING if self._credential is None else self._port.resolve(self._credential)
+            self.start(found)
+
+    def start(self, found: Resolved) -> None:
+        """Stand at what a credential led to."""
+        self._id, self._record, self._stale_cookie, self.gone, self._presented = found
+        self._loaded = True
+        self._drop_cookie = False
+        self._reset(self._record)
+
+    def _reset(self, record: Record | None) -> None:
+        """Stand at `record` with nothing pending and nothing read."""
+        self._record = record
+        self._base: Data = {} if record is None else record.split()
+        self._data = self._base
+        self._size = 0 if record is None else len(record.data)
+        self._seen: dict[str, Any] = {}
+        self._mutable: dict[str, bytes | None] = {}
+        self._assigned: set[str] = set()
+        self._deleted: set[str] = set()
+        self._cleared = self._create = self._renew = self._touch = False
+        self._storable: bool | None = None
+        self._longterm: bool | None = None
+        self._user: Any = _KEEP
+
+    def _edit(self) -> None:
+        """The application changes something."""
+        self._look()
+        if self.readonly:
+            raise ReadOnlySession("this session was opened read-only: see readonly= of the SessionMiddleware")
+        if self._data is self._base:
+            self._data = dict(self._base)
+
+    # ── mapping ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __getitem__(self, key: str) -> Any:
+        if not self._loaded or not self.accessed:
+            self._look()
+        if key in self._seen:
+            return self._seen[key]
+        if type(key) is not str or key not in self._data:
+            raise KeyError(key)
+        raw = self._data[key]
+        value = self._seen[key] = decode(raw)
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = raw
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if type(key) is not str:
+            raise TypeError(f"session keys are str, not {type(key).__name__}")
+        raw = encode(value, key)
+        encode(key, key)
+        self._edit()
+        old = self._data.get(key)
+        size = self._size + len(raw) - (len(old) if old is not None else -len(key))
+        if size > self._port.max_size and len(raw) > (0 if old is None else len(old)):
+            raise SessionTooLarge(
+                f"session[{key!r}] would make the session {size} bytes, max_size is {self._port.max_size}: "
+                "store less in it, or raise SessionConfig(max_size=)"
+            )
+        self._size = size
+        self._data[key] = raw
+        self._seen[key] = value
+        self._assigned.add(key)
+        self._deleted.discard(key)
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = None
+
+    def __delitem__(self, key: str) -> None:
+        self._edit()
+        if type(key) is not str:
+            raise KeyError(key)
+        self._size -= len(self._data.pop(key))
+        self._forget(key)
+        self._deleted.add(key)
+
+    def _forget(self, key: str) -> None:
+        self._seen.pop(key, None)
+        self._mutable.pop(key, None)
+        self._assigned.discard(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._look()
+        return iter([key for key in self._data if type(key) is str])
+
+    def __len__(self) -> int:
+        self._look()
+        return sum(type(key) is str for key in self._data)
+
+    def __contains__(self, key: object) -> bool:
+        self._look()
+        return type(key) is str and key in self._data
+
+    def clear(self) -> None:
+        """Remove everything, the user too. A request that does this and stores nothing else destroys the session;
+        one that stores something gets a new id if somebody was logged in."""
+        self._edit()
+        if self.user_id is not None:
+            self._user, self._renew = None, True
+        self._data, self._size, self._cleared = {}, 0, True
+        for state in (self._seen, self._mutable, self._assigned, self._deleted):
+            state.clear()  # type: ignore[attr-defined]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of the application's data."""
+        return {key: self[key] for key in self}
+
+    def copy(self) -> dict[str, Any]:
+        """The same as `to_dict`, by dict's name for it."""
+        return self.to_dict()
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.to_dict(), **other}
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self.to_dict()}
+
+    def __ior__(self, other: Mapping[str, Any]) -> "Session":
+        self.update(other)
+        return self
+
+    def __repr__(self) -> str:
+        if not self._loaded:
+            return "<Session, not looked at>"
+        keys = sum(type(key) is str for key in self._data)
+        return f"<Session {self.handle or 'new'}, {keys} keys>"
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # ── what is known of it ───────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def id(self) -> str | None:
+        """The secret id as text; None until the session is stored. Never log it: `handle` is for that."""
+        self._look()
+        return None if self._id is None else text_of(self._id)
+
+    @property
+    def handle(self) -> str | None:
+        """The id's hash in hex, by which stores, logs and tools know the session; None until it is stored."""
+        self._look()
+        return None if self._id is None else handle_of(self._id).hex()
+
+    @property
+    def user_id(self) -> Any:
+        """Whom `renew(user_id=…)` logged in; None for nobody."""
+        self._look()
+        if self._user is not _KEEP:
+            return self._user
+        raw = self._data.get(USER_KEY)
+        return None if raw is None else decode(raw)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the session is stored."""
+        self._look()
+        return self._record is not None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the request came without a session."""
+        return not self.exists
+
+    @property
+    def modified(self) -> bool:
+        """Whether a commit would write something now. Nested edits count."""
+        return self._loaded and self.pending() is not None
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When the session began, UTC; None until it is stored."""
+        self._look()
+        return None if self._record is None else _moment(self._record.header.created)
+
+    @property
+    def last_seen(self) -> datetime | None:
+        """When it was last seen, UTC, to within `touch_interval`; None until it is stored."""
+        self._look()
+        return None if self._record is None else _moment(self._record.header.last_seen)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it ends if nobody looks at it again, UTC; None until it is stored."""
+        self._look()
+        return None if self._record is None else _moment(self._record.header.expires)
+
+    @property
+    def storable(self) -> bool:
+        """Whether a backend may have it (`set_store`)."""
+        self._look()
+        stored = self._record is None or bool(self._record.header.flags & STORABLE)
+        return stored if self._storable is None else self._storable
+
+    @property
+    def longterm(self) -> bool:
+        """Whether it lives for `max_lifespan` instead of `lifespan` (`set_longterm`)."""
+        self._look()
+        stored = self._record is not None and bool(self._record.header.flags & LONGTERM)
+        return stored if self._longterm is None else self._longterm
+
+    # ── verbs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def increment(self, key: str, by: int | float = 1) -> Any:
+        """Add to a number, atomically over all processes; a missing one counts from 0. Returns the sum.
+
+        It happens now, and stays when the response fails. On a session that is not stored yet it is a plain
+        assignment. Raises TypeError for what is no number, SessionGone, ContentionError, StoreError.
+        """
+
+        def add(value: Any) -> Any:
+            if type(value) not in (int, float):
+                raise TypeError(f"session[{key!r}] is a {type(value).__name__}, not a number")
+            return value + by
+
+        return self.apply(key, add, 0)
+
+    def apply(self, key: str, fn: Callable[[Any], T], default: Any = None) -> T:
+        """Replace a value by `fn(value)`, atomically over all processes; a missing one is `default`. Returns the result.
+
+        `fn` must be pure: it runs again when another process was faster, up to 100 times, then ContentionError is
+        raised. It happens now, and stays when the response fails. On a session that is not stored yet, or a key that
+        this request has changed already, it is a plain assignment. Raises SessionGone, StoreError.
+        """
+        self._edit()
+        if self.gone:
+            raise SessionGone("the session was renewed or destroyed by another request")
+        if self._record is None or self._cleared or self._is_pending(key):
+            result = fn(self.get(key, default))
+            self[key] = result
+            return result
+        return self._apply_stored(key, fn, default)
+
+    def _apply_stored(self, key: str, fn: Callable[[Any], T], default: Any) -> T:
+        fallback = encode(default, key)
+        for _ in range(APPLY_ATTEMPTS):
+            assert self._record is not None
+            expected = self._base.get(key)
+            result = fn(decode(fallback if expected is None else expected))
+            raw = encode(result, key)
+            swapped = self._swap(Changes(set={key: raw}, expect={key: expected}))
+            if swapped:
+                self._data[key] = raw
+                self._forget(key)
+                self._seen[key] = result
+                if type(result) not in IMMUTABLE:
+                    self._mutable[key] = raw
+                return result
+        raise ContentionError(f"session[{key!r}] changed under each of {APPLY_ATTEMPTS} attempts: try again later")
+
+    def _swap(self, changes: Changes) -> bool:
+        """One attempt; the base moves to the record as it is now, what was read or changed stays as it was."""
+        assert self._record is not None and self._id is not None
+        answer = self._port.swap(handle_of(self._id), self._record, changes)
+        if answer is None:
+            self.gone = True
+            raise SessionGone("the session was renewed, destroyed or expired while this request held it")
+        record, done = answer
+        self._rebase(record)
+        return done
+
+    def _rebase(self, record: Record) -> None:
+        pending = {key: self._data[key] for key in self._assigned}
+        read = {key: self._data[key] for key in self._seen if key in self._data}
+        self._record, self._base = record, record.split()
+        self._data = {key: raw for key, raw in self._base.items() if key not in self._deleted} | read | pending
+
+    def _is_pending(self, key: str) -> bool:
+        if key in self._assigned or key in self._deleted:
+            return True
+        seen = self._mutable.get(key)
+        return seen is not None and encode(self._seen[key], key) != seen
+
+    def renew(self, *, user_id: Any = _KEEP) -> None:
+        """Give the session a new id when this request commits: call it at every login and change of rights.
+
+        `user_id` says who is logged in from now on (a str, int, UUID or other stored value; None: nobody); without it
+        that stays. The old id is dead at once, in all processes.
+        """
+        self._edit()
+        if user_id is not _KEEP:
+            encode(user_id, "user_id")
+            self._user = user_id
+        self._renew = True
+
+    def destroy(self) -> None:
+        """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
+        object afterwards begins a new session."""
+        self._edit()
+        if self.gone:
+            return
+        if self._record is not None:
+            assert self._id is not None
+            self._port.kill(handle_of(self._id))
+        presented = self._presented
+        self.start(NOTHING)
+        self._drop_cookie = presented
+
+    def create(self) -> None:
+        """Store the session when this request commits, even if it is empty."""
+        self._edit()
+        self._create = self._record is None
+
+    def touch(self) -> None:
+        """Move the session's end when this request commits, whatever `touch_interval` says."""
+        self._edit()
+        self._touch = True
+
+    def set_longterm(self, longterm: bool) -> None:
+        """Let it live for `max_lifespan` (True: "remember me") or `lifespan` (False) after it was last seen."""
+        self._edit()
+        self._longterm = bool(longterm)
+
+    def set_store(self, storable: bool) -> None:
+        """Whether a backend may keep it (True) or it stays in memory only (False)."""
+        self._edit()
+        self._storable = bool(storable)
+
+    def save(self) -> None:
+        """Commit to memory now, for websockets, streams and jobs.
+
+        Raises SessionGone when another request ended the session, ResponseStarted when it needs a cookie that can no
+        longer be sent, StoreError.
+        """
+        self._look()
+        self._port.save(self)
+
+    # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def pending(self, *, touch: bool = False) -> Changes | None:
+        """What a commit has to write; None for nothing. Raises UnsupportedValue for a nested edit that cannot be stored."""
+        changed: dict[DataKey, bytes] = {}
+        for key, seen in self._mutable.items():
+            raw = encode(self._seen[key], key)
+            if raw != seen:
+                changed[key] = raw
+        for key in self._assigned:
+            if key not in changed:
+                changed[key] = self._data[key]
+        flags = self._storable is not None or self._longterm is not None
+        if not (changed or self._deleted or self._cleared or self._renew or self._create or self._touch or flags or touch):
+            return None
+        return Changes(
+            changed, tuple(self._deleted), self._cleared, touch or self._touch, self._storable, self._longterm
+        )
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether `clear()` was called and nothing was stored since."""
+        return self._cleared and not len(self)
+
+    @property
+    def wants_renewal(self) -> bool:
+        return self._renew
+
+    @property
+    def wants_creation(self) -> bool:
+        return self._create
+
+    @property
+    def logs_in(self) -> bool:
+        """Whether `renew(user_id=…)` named a user."""
+        return self._user is not _KEEP and self._user is not None
+
+    @property
+    def encoded_user(self) -> bytes | None:
+        """The user id that a commit stores, encoded."""
+        if self._user is _KEEP:
+            return self._data.get(USER_KEY)
+        return None if self._user is None else encode(self._user, "user_id")
+
+    @property
+    def record(self) -> Record | None:
+        return self._record
+
+    @property
+    def secret(self) -> bytes | None:
+        """The id's bytes."""
+        return self._id
+
+    @property
+    def loaded(self) -> bool:
+        return self._loaded
+
+    @property
+    def drops_cookie(self) -> bool:
+        return self._drop_cookie
+
+    def committed(self, session_id: bytes, record: Record) -> None:
+        """Stand at what was just committed; what was read stays readable, and nested edits of it are still noticed."""
+        values, seen = self._seen, self._mutable
+        self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self._id
+        self._reset(record)
+        self._id = session_id
+        self._stale_cookie = self._drop_cookie = False
+        for key, value in values.items():
+            raw = self._base.get(key)
+            if raw is not None and (type(value) in IMMUTABLE or key in seen) and encode(value, key) == raw:
+                self._seen[key] = value
+                if type(value) not in IMMUTABLE:
+                    self._mutable[key] = raw
+
+    def discard(self) -> None:
+        """Forget what was changed and not committed."""
+        self._reset(self._record)
+
+    def begin_anew(self) -> None:
+        """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
+        assigned = {key: self._data[key] for key in self._assigned}
+        user, storable, longterm = self._user, self._storable, self._longterm
+        self.start(NOTHING)
+        self._data, self._assigned, self._size = dict(assigned), set(assigned), sum(map(len, assigned.values()))
+        self._user, self._storable, self._longterm = user, storable, longterm
+
+
+def _moment(milliseconds: int) -> datetime | None:
+    return None if milliseconds >= NEVER else datetime.fromtimestamp(milliseconds / 1000, timezone.utc)

@@ -1,0 +1,166 @@
+"""Sessions for WSGI applications: Flask, Django, Pyramid, Bottle, or none of them."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final
+
+from .cookies import with_session_headers
+from .errors import StoreError
+from .paths import Rule, matcher
+from .session import ENVIRON_KEY, Session
+from .store import SessionStore
+
+logger = logging.getLogger("shmsession")
+
+Environ = dict[str, Any]
+Headers = list[tuple[str, str]]
+Write = Callable[[bytes], object]
+StartResponse = Callable[..., Write]
+App = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+_UNAVAILABLE: Final = b"Sessions are unavailable. Try again shortly.\n"
+
+
+class SessionMiddleware:
+    """Gives every request a session, as `environ["shmsession.session"]`; `Session.of(request)` finds it.
+
+    `store` None makes one from the SHMSESSION_* variables. `skip` and `readonly` take path prefixes or a predicate of
+    the path: skipped paths have no session, read-only ones cannot change it. The commit happens when the first byte of
+    the body is there. A store that cannot serve answers 503 with Retry-After.
+    """
+
+    def __init__(self, app: App, store: SessionStore | None = None, *, skip: Rule = (), readonly: Rule = ()) -> None:
+        self.app = app
+        self.store = store or SessionStore()
+        self._skip = matcher(skip)
+        self._readonly = matcher(readonly)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        if self._skip is not None and self._skip(path):
+            return self.app(environ, start_response)
+        readonly = self._readonly is not None and self._readonly(path)
+        session = Session(self.store, partial(_cookie_header, environ), readonly=readonly)
+        environ[ENVIRON_KEY] = session
+        response = _Response(self.store, session, start_response)
+        try:
+            body = self.app(environ, response.start)
+        except StoreError as error:
+            return response.unavailable(error)
+        except Exception:
+            response.fail()
+            raise
+        wrapper = environ.get("wsgi.file_wrapper")
+        if isinstance(wrapper, type) and isinstance(body, wrapper):
+            return response.passed(body)
+        return response.over(body)
+
+
+class _Response:
+    """One response: holds the status and headers back until the first byte, then commits and lets them go."""
+
+    def __init__(self, store: SessionStore, session: Session, start_response: StartResponse) -> None:
+        self._store = store
+        self._session = session
+        self._start_response = start_response
+        self._started: tuple[str, Headers, Any] | None = None
+        self._server_write: Write | None = None
+        self._body: Iterable[bytes] = ()
+
+    def start(self, status: str, headers: Headers, exc_info: Any = None) -> Write:
+        """The application's start_response (PEP 3333): a second call needs `exc_info`, and fails after the first byte."""
+        if self._server_write is not None:
+            return self._start_response(status, headers, exc_info)
+        if self._started is not None and exc_info is None:
+            raise AssertionError("start_response called a second time without exc_info (PEP 3333)")
+        self._started = (status, headers, exc_info)
+        return self._write
+
+    def _write(self, data: bytes) -> object:
+        return self._send_head()(data)
+
+    def _send_head(self) -> Write:
+        """Commit and call the server's start_response, once."""
+        if self._server_write is not None:
+            return self._server_write
+        if self._started is None:
+            raise AssertionError("the application sent its body before start_response (PEP 3333)")
+        status, headers, exc_info = self._started
+        outcome = self._store.commit(self._session, failed=status[:1] >= "5")
+        if outcome.vary:
+            raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+            merged = with_session_headers(raw, outcome.set_cookie)
+            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in merged]
+        self._session.headers_sent = True
+        more = () if exc_info is None else (exc_info,)
+        self._server_write = self._start_response(status, headers, *more)
+        return self._server_write
+
+    def passed(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """A file that the server may send by itself stays what it is."""
+        try:
+            self._send_head()
+        except StoreError as error:
+            _close(body)
+            return self.unavailable(error)
+        return body
+
+    def over(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """The body with the commit before its first byte. A complete list needs no wrapper."""
+        if type(body) in (list, tuple):
+            return self.passed(body)
+        self._body = body
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            for chunk in self._body:
+                if chunk and self._server_write is None:
+                    self._send_head()
+                yield chunk
+            self._send_head()
+        except StoreError as error:
+            if self._server_write is not None:
+                raise
+            yield from self.unavailable(error)
+        except Exception:
+            self.fail()
+            raise
+
+    def close(self) -> None:
+        """Close the application's body, then commit what came after the headers."""
+        try:
+            _close(self._body)
+        finally:
+            if self._session.headers_sent:
+                self._store.commit(self._session)
+
+    def fail(self) -> None:
+        """An exception on its way to the server drops the changes, unless they are to be kept."""
+        if self._store.config.save_on_error:
+            self._store.commit(self._session)
+        elif self._session.loaded:
+            self._session.discard()
+
+    def unavailable(self, error: StoreError) -> Iterable[bytes]:
+        """503, before any header has left."""
+        logger.error("answered 503: %s", error)
+        self._session.headers_sent = True
+        if self._session.loaded:
+            self._session.discard()
+        headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(_UNAVAILABLE))),
+                   ("Retry-After", "5"), ("Cache-Control", "no-store")]  # fmt: skip
+        self._server_write = self._start_response("503 Service Unavailable", headers)
+        return [_UNAVAILABLE]
+
+
+def _cookie_header(environ: Environ) -> bytes:
+    header: str = environ.get("HTTP_COOKIE", "")
+    return header.encode("latin-1", "replace")
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
