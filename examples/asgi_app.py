@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from starlette.applications import Starlette
@@ -25,9 +25,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from examples._page import page
 from examples._paths import encoded_path_asgi
-from shmsession import Session, SessionStore
+from examples._start import store_or_exit
+from shmsession import Session
 from shmsession.asgi import SessionMiddleware
 from shmsession.errors import SessionGone
+
+T = TypeVar("T")
 
 
 class Text(StringConvertor):
@@ -36,7 +39,7 @@ class Text(StringConvertor):
 
 
 register_url_convertor("text", Text())
-store = SessionStore()  # memory only; every setting is a SHMSESSION_* variable
+store = store_or_exit()
 
 
 # --- answers: JSON that says which worker it was ---
@@ -76,6 +79,13 @@ def seconds(request: Request) -> float:
     return value
 
 
+def of_kind(kind: type[T], value: object, key: str) -> T:
+    """``value``, or 409: /set can put text where another route keeps something else."""
+    if not isinstance(value, kind):
+        raise HTTPException(409, f"session[{key!r}] is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
 # --- the page ---
 
 
@@ -88,12 +98,15 @@ async def index(request: Request) -> Response:
 
 
 async def hit(request: Request) -> Response:
-    return answer(request, hits=Session.of(request).increment("hits"))
+    try:
+        return answer(request, hits=Session.of(request).increment("hits"))
+    except TypeError as error:
+        raise HTTPException(409, str(error)) from error
 
 
 async def visit(request: Request) -> Response:
     session = Session.of(request)
-    session["visits"] = session.get("visits", 0) + 1
+    session["visits"] = of_kind(int, session.get("visits", 0), "visits") + 1
     return answer(request, visits=session["visits"])
 
 
@@ -118,13 +131,13 @@ async def slow(request: Request) -> Response:
 
 async def cart(request: Request) -> Response:
     session, item = Session.of(request), request.path_params["item"]
-    session.setdefault("cart", []).append(item)
+    of_kind(list, session.setdefault("cart", []), "cart").append(item)
     return answer(request, cart=session["cart"])
 
 
 async def append(request: Request) -> Response:
     session, item = Session.of(request), request.path_params["item"]
-    return answer(request, cart=session.apply("cart", lambda items: [*items, item], default=[]))
+    return answer(request, cart=session.apply("cart", lambda cart: [*of_kind(list, cart, "cart"), item], default=[]))
 
 
 async def show(request: Request) -> Response:
@@ -204,6 +217,8 @@ async def ws(websocket: WebSocket) -> None:
             await websocket.send_text(json.dumps({"echo": text, "messages": n, "pid": os.getpid()}))
     except SessionGone:
         await websocket.close(1008, "the session has ended")
+    except TypeError as error:
+        await websocket.close(1008, str(error))
     except WebSocketDisconnect:
         pass  # the client went away while it was being answered
 

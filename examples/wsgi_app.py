@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from flask import Flask, Response, abort, request
@@ -20,9 +20,12 @@ from werkzeug.routing import BaseConverter
 
 from examples._page import page
 from examples._paths import encoded_path_wsgi
-from shmsession import Session, SessionStore
+from examples._start import store_or_exit
+from shmsession import Session
 from shmsession.errors import SessionGone
 from shmsession.wsgi import SessionMiddleware
+
+T = TypeVar("T")
 
 
 class Text(BaseConverter):
@@ -30,7 +33,7 @@ class Text(BaseConverter):
         return unquote(value)
 
 
-store = SessionStore()  # memory only; every setting is a SHMSESSION_* variable
+store = store_or_exit()
 app = Flask(__name__, static_folder=None)
 app.url_map.converters["text"] = Text
 app.url_map.merge_slashes = False
@@ -77,6 +80,13 @@ def seconds() -> float:
     return value
 
 
+def of_kind(kind: type[T], value: object, key: str) -> T:
+    """``value``, or 409: /set can put text where another route keeps something else."""
+    if not isinstance(value, kind):
+        abort(409, f"session[{key!r}] is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
 # --- the page ---
 
 
@@ -91,13 +101,16 @@ def index() -> Response:
 
 @app.get("/hit")
 def hit() -> Response:
-    return answer(hits=Session.of(request).increment("hits"))
+    try:
+        return answer(hits=Session.of(request).increment("hits"))
+    except TypeError as error:
+        abort(409, str(error))
 
 
 @app.get("/visit")
 def visit() -> Response:
     session = Session.of(request)
-    session["visits"] = session.get("visits", 0) + 1
+    session["visits"] = of_kind(int, session.get("visits", 0), "visits") + 1
     return answer(visits=session["visits"])
 
 
@@ -124,14 +137,14 @@ def slow(key: str = "late", value: str = "1") -> Response:
 @app.post("/cart/<text:item>")
 def cart(item: str) -> Response:
     session = Session.of(request)
-    session.setdefault("cart", []).append(item)
+    of_kind(list, session.setdefault("cart", []), "cart").append(item)
     return answer(cart=session["cart"])
 
 
 @app.post("/append/<text:item>")
 def append(item: str) -> Response:
     session = Session.of(request)
-    return answer(cart=session.apply("cart", lambda items: [*items, item], default=[]))
+    return answer(cart=session.apply("cart", lambda cart: [*of_kind(list, cart, "cart"), item], default=[]))
 
 
 @app.get("/session")

@@ -35,6 +35,7 @@ class SessionMiddleware:
         self._readonly = matcher(readonly)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection (ASGI 3)."""
         kind = scope["type"]
         if kind == "lifespan":
             await self._lifespan(scope, receive, send)

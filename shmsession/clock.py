@@ -22,7 +22,9 @@ class SystemClock:
     """The operating system's clocks. Where CLOCK_BOOTTIME is missing (macOS), CLOCK_MONOTONIC stands in."""
 
     def now(self) -> int:
+        """See `Clock.now`."""
         return int(time.time() * 1000)
 
     def boot(self) -> int:
+        """See `Clock.boot`."""
         return int(time.clock_gettime(_BOOTTIME) * 1000)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import msgpack
-from msgpack import ExtType
+from msgpack import ExtType, UnpackException
 
 from .errors import ConfigError, UndecodableValue, UnsupportedValue
 
@@ -28,7 +28,8 @@ IMMUTABLE: Final[frozenset[type]] = frozenset(
 )
 _CONTAINERS: Final[frozenset[type]] = frozenset({list, dict, tuple, set, frozenset})
 _BIG_INT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _REGISTERED = range(1, 12)
-_NESTED: Final = frozenset({_TUPLE, _SET, _FROZENSET, _DATETIME, _TIME, _TIMEDELTA, _REGISTERED})
+_NESTED: Final = frozenset({_TUPLE, _SET, _FROZENSET, _REGISTERED})
+_SMALL: Final = frozenset({_DATETIME, _TIME, _TIMEDELTA})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,11 @@ def decode(raw: bytes) -> Any:
     """The value that `encode` was given. Raises UndecodableValue, and holds the same limits before decoding."""
     try:
         if len(raw) > MAX_ITEMS:
-            _scan(raw)
+            _scan(raw, MAX_ITEMS)
         return msgpack.unpackb(raw, raw=False, strict_map_key=False, ext_hook=_from_extension)
     except UndecodableValue:
         raise
-    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError, OSError, UnpackException) as error:
         raise UndecodableValue(f"stored bytes that are no value: {type(error).__name__}") from error
 
 
@@ -99,12 +100,13 @@ def _pack(value: object) -> bytes:
 def _inspect(value: object, depth: int = 1, budget: int = MAX_ITEMS) -> int:
     """Refuse what cannot be stored; returns how many items of the budget are left."""
     kind = type(value)
+    if depth > MAX_DEPTH:
+        raise UnsupportedValue(f"it is nested deeper than {MAX_DEPTH} levels")
     if kind not in _CONTAINERS:
         if kind not in _by_class:
             raise UnsupportedValue(f"{kind.__module__}.{kind.__qualname__} is not a stored type")
-        return budget
-    if depth > MAX_DEPTH:
-        raise UnsupportedValue(f"it is nested deeper than {MAX_DEPTH} levels")
+        stored = _by_class[kind].encode(value)
+        return budget if type(stored) in IMMUTABLE else _inspect(stored, depth + 1, budget)
     members: Collection[object] = value  # type: ignore[assignment]
     budget -= len(members)
     if budget < 0:
@@ -129,7 +131,9 @@ def _zone(zone: dt.tzinfo | None) -> object:
     if type(zone) is dt.timezone:
         offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
         return [_span(offset), *name]
-    raise UnsupportedValue(f"the time zone {type(zone).__qualname__} is neither zoneinfo.ZoneInfo nor datetime.timezone")
+    raise UnsupportedValue(
+        f"the time zone {type(zone).__qualname__} is neither zoneinfo.ZoneInfo nor datetime.timezone"
+    )
 
 
 def _unzone(stored: Any) -> dt.tzinfo | None:
@@ -199,17 +203,21 @@ def _from_registered(payload: bytes) -> Any:
     name, stored = _unpack(payload)
     if name not in _by_name:
         raise UndecodableValue(f"no type is registered as {name!r} in this process: call register_type before reading")
-    return _by_name[name].decode(stored)
+    try:
+        return _by_name[name].decode(stored)
+    except Exception as error:  # somebody else's code: whatever it raises, the value cannot be decoded
+        raise UndecodableValue(f"what {name!r} was registered with cannot decode it: {type(error).__name__}") from error
 
 
 def _from_datetime(payload: bytes) -> dt.datetime:
-    *fields, zone, fold = _unpack(payload)
-    return dt.datetime(*fields, tzinfo=_unzone(zone), fold=fold)
+    year, month, day, *clock, zone, fold = _unpack(payload)
+    hour, minute, second, microsecond = clock
+    return dt.datetime(year, month, day, hour, minute, second, microsecond, _unzone(zone), fold=fold)
 
 
 def _from_time(payload: bytes) -> dt.time:
-    *fields, zone, fold = _unpack(payload)
-    return dt.time(*fields, tzinfo=_unzone(zone), fold=fold)
+    hour, minute, second, microsecond, zone, fold = _unpack(payload)
+    return dt.time(hour, minute, second, microsecond, _unzone(zone), fold=fold)
 
 
 _decoders: dict[int, Callable[[bytes], Any]] = {
@@ -239,51 +247,71 @@ def _from_extension(code: int, payload: bytes) -> Any:
 _FIXED: Final = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 _SIZED: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _EXTENSION: Final = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+_SMALL_ITEMS: Final = 16
+"""A datetime is at most nine fields, and two and three more for its time zone."""
 _COUNTED: Final = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
-def _scan(raw: bytes) -> None:
-    """Walk the MessagePack structure without building it; raises ValueError past MAX_DEPTH or MAX_ITEMS."""
-    position, items = 0, 0
+def _scan(raw: bytes, budget: int, depth: int = 0) -> int:
+    """Walk the MessagePack structure without building it; returns how many items of the budget are left.
+
+    Raises ValueError past the limits that `encode` holds, IndexError where bytes are missing.
+    """
+    position = 0
     open_counts = [1]
     while open_counts:
         if not open_counts[-1]:
             open_counts.pop()
             continue
         open_counts[-1] -= 1
-        position, members, inside = _step(raw, position)
-        if inside is not None:
-            _scan(inside)
-        if members:
-            items += members
-            open_counts.append(members)
-        if items > MAX_ITEMS * 2 or len(open_counts) > MAX_DEPTH * 2:
+        step = _step(raw, position)
+        position = step.end
+        level = depth + len(open_counts)
+        budget -= step.items
+        if budget < 0 or level > MAX_DEPTH + 1:
             raise ValueError("over the limits")
+        if step.code in _SMALL:
+            _scan(step.payload, _SMALL_ITEMS)
+        elif step.code in _NESTED:
+            budget = _scan(step.payload, budget + (2 if step.code == _REGISTERED else 0), level - 1)
+        if step.members:
+            open_counts.append(step.members)
+    return budget
 
 
 def _number(raw: bytes, position: int, width: int) -> int:
     return int.from_bytes(raw[position : position + width], "big")
 
 
-def _step(raw: bytes, position: int) -> tuple[int, int, bytes | None]:
-    """One item at `position`: where the next one begins, how many members follow, and a nested payload to scan."""
+class _Step(NamedTuple):
+    """One value: where the next begins, how many follow as members of this one, as how many items they count."""
+
+    end: int
+    members: int = 0
+    items: int = 0
+    code: int = 0
+    payload: bytes = b""
+
+
+def _step(raw: bytes, position: int) -> _Step:
     head = raw[position]
     position += 1
     if head <= 0x7F or head >= 0xE0 or head in (0xC0, 0xC2, 0xC3):
-        return position, 0, None
+        return _Step(position)
     if head <= 0x8F:
-        return position, (head & 0x0F) * 2, None
+        return _Step(position, (head & 0x0F) * 2, head & 0x0F)
     if head <= 0x9F:
-        return position, head & 0x0F, None
+        return _Step(position, head & 0x0F, head & 0x0F)
     if head <= 0xBF:
-        return position + (head & 0x1F), 0, None
+        return _Step(position + (head & 0x1F))
     if head in _FIXED:
-        return position + _FIXED[head], 0, None
+        return _Step(position + _FIXED[head])
     if head in _SIZED:
-        return position + _SIZED[head] + _number(raw, position, _SIZED[head]), 0, None
+        return _Step(position + _SIZED[head] + _number(raw, position, _SIZED[head]))
     if head in _COUNTED:
         width, each = _COUNTED[head]
-        return position + width, _number(raw, position, width) * each, None
+        count = _number(raw, position, width)
+        return _Step(position + width, count * each, count)
     if head in _EXTENSION:
         width = _EXTENSION[head]
         size, position = _number(raw, position, width), position + width
@@ -292,4 +320,4 @@ def _step(raw: bytes, position: int) -> tuple[int, int, bytes | None]:
     else:
         raise ValueError("no MessagePack")
     code, position = raw[position], position + 1
-    return position + size, 0, raw[position : position + size] if code in _NESTED else None
+    return _Step(position + size, 0, 0, code, raw[position : position + size])

@@ -23,6 +23,7 @@ logger = logging.getLogger("shmsession")
 
 PREFIX: Final = "SHMSESSION_"
 MIN_MAP_SIZE: Final = 1 << 20
+TOUCH_INTERVAL: Final = timedelta(seconds=60)
 MAX_AGE: Final = timedelta(days=400)
 """RFC 6265bis: browsers cut a cookie's life at 400 days."""
 
@@ -61,7 +62,7 @@ def _setting(variable: str, parse: Callable[[str], T], default: T) -> T:
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"{PREFIX}{variable}: {error}") from None
 
-    return field(default_factory=read, metadata={"variable": PREFIX + variable})  # type: ignore[no-any-return]
+    return field(default_factory=read, metadata={"variable": PREFIX + variable})
 
 
 def _seconds(text: str) -> timedelta:
@@ -94,7 +95,10 @@ def _path(text: str) -> Path:
 
 
 def _keys(text: str) -> tuple[Key, ...]:
-    return parse_keys(_word(text))
+    keys = parse_keys(_word(text))
+    if not keys:
+        raise ValueError("holds no Key: write what Key.generate() prints, or unset it")
+    return keys
 
 
 def _member(kind: type[Enum]) -> Callable[[str], Any]:
@@ -130,24 +134,25 @@ class SessionConfig:
     """A session ends when nobody looked at it for this long."""
     max_lifespan: timedelta = _setting("MAX_LIFESPAN", _seconds, timedelta(days=60))
     """The same for long-term sessions (`set_longterm(True)`)."""
-    absolute_lifespan: timedelta | None = _setting("ABSOLUTE_LIFESPAN", _seconds, None)  # type: ignore[arg-type]
+    absolute_lifespan: timedelta | None = _setting("ABSOLUTE_LIFESPAN", _seconds, None)
     """The end of every session, however busy, counted from its start or its login. None: no such end."""
     memory_lifespan: timedelta = _setting("MEMORY_LIFESPAN", _seconds, timedelta(hours=1))
     """How long a record that a backend has too stays in memory unused. Without a backend it has no effect."""
-    touch_interval: timedelta = timedelta(seconds=60)
-    """Looking at a session moves its end at most this often; it may therefore end early by as much."""
+    touch_interval: timedelta = TOUCH_INTERVAL
+    """Looking at a session moves its end at most this often; it may therefore end early by as much. Left alone, it is
+    never more than a tenth of `lifespan`."""
 
-    map_size: int | None = _setting("MAP_SIZE", _bytes, None)  # type: ignore[arg-type]
+    map_size: int | None = _setting("MAP_SIZE", _bytes, None)
     """Bytes of shared memory. None: 256 MiB, or half of what the file system has free if that is less."""
     max_size: int = 64 * 1024
     """Most bytes that one session's encoded data may have."""
-    directory: Path | None = _setting("DIR", _path, None)  # type: ignore[arg-type]
+    directory: Path | None = _setting("DIR", _path, None)
     """Where stores live. None: /dev/shm/shmsession-<uid>, or the temporary directory where there is no /dev/shm."""
-    name: str | None = _setting("NAME", _word, None)  # type: ignore[arg-type]
+    name: str | None = _setting("NAME", _word, None)
     """Applications with one name, directory and Key share their sessions. None: made from the working directory."""
     keys: tuple[Key, ...] = _setting("KEY", _keys, ())
     """Oldest first; the newest seals, all open. Empty: one is made and kept in `key_file`."""
-    key_file: Path | None = _setting("KEY_FILE", _path, None)  # type: ignore[arg-type]
+    key_file: Path | None = _setting("KEY_FILE", _path, None)
     """None: $XDG_STATE_HOME/shmsession/<name>.key."""
     save_on_error: bool = False
     """Keep a request's changes also when it ends with status 500 or above, or with an exception."""
@@ -169,7 +174,9 @@ class SessionConfig:
         if self.mode is not SessionMode.PERSISTENT:
             raise ConfigError(f"{PREFIX}MODE (mode) {self.mode.value}: this version has persistent only")
         if self.cookie_mode is not CookieMode.PRIVATE:
-            raise ConfigError(f"{PREFIX}COOKIE_MODE (cookie_mode) {self.cookie_mode.value}: this version has private only")
+            raise ConfigError(
+                f"{PREFIX}COOKIE_MODE (cookie_mode) {self.cookie_mode.value}: this version has private only"
+            )
 
     def _check_cookie(self) -> None:
         name = self.effective_cookie_name
@@ -179,7 +186,9 @@ class SessionConfig:
             raise ConfigError(f"same_site {self.same_site!r}: write Lax, Strict or None")
         for what, value in (("domain", self.domain), ("path", self.path)):
             if value is not None and not _ATTRIBUTE.fullmatch(value):
-                raise ConfigError(f"{what} {value!r}: no spaces, semicolons or control characters, 1 to 1024 characters")
+                raise ConfigError(
+                    f"{what} {value!r}: no spaces, semicolons or control characters, 1 to 1024 characters"
+                )
         if not self.path.startswith("/"):
             raise ConfigError(f"path {self.path!r}: begin it with /")
         if not self.secure:
@@ -190,6 +199,8 @@ class SessionConfig:
             ):
                 if refused:
                     raise ConfigError(f"browsers refuse {what} without Secure: set secure=True ({PREFIX}SECURE=1)")
+        if name.lower().startswith(("__http-", "__host-http-")) and not self.http_only:
+            raise ConfigError(f"browsers refuse the cookie {name!r} without HttpOnly: set http_only=True")
         if name.lower().startswith("__host-") and (self.domain is not None or self.path != "/"):
             raise ConfigError(
                 f"browsers refuse the cookie {name!r} with a domain or a path: "
@@ -200,17 +211,23 @@ class SessionConfig:
         for what in ("lifespan", "max_lifespan", "absolute_lifespan", "memory_lifespan"):
             value = getattr(self, what)
             if value is not None and not timedelta(0) < value <= timedelta(days=36_500):
-                raise ConfigError(f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years")
+                raise ConfigError(
+                    f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years"
+                )
+        if self.touch_interval is TOUCH_INTERVAL:
+            object.__setattr__(self, "touch_interval", min(TOUCH_INTERVAL, self.lifespan / 10))
         if not timedelta(0) <= self.touch_interval < self.lifespan:
             raise ConfigError(
                 f"touch_interval is {self.touch_interval}, lifespan {self.lifespan}: "
-                f"touch_interval must be shorter ({PREFIX}LIFESPAN)"
+                f"write a shorter touch_interval, from 0 on, or a longer lifespan ({PREFIX}LIFESPAN)"
             )
 
     @property
     def effective_cookie_name(self) -> str:
         """The cookie's name: the configured one, or the default that fits `secure`."""
-        return self.cookie_name or ("__Host-session" if self.secure else "session")
+        if self.cookie_name is not None:
+            return self.cookie_name
+        return "__Host-session" if self.secure else "session"
 
     @property
     def max_age(self) -> timedelta:
@@ -222,7 +239,9 @@ class SessionConfig:
         """The clocks in milliseconds."""
         absolute = self.absolute_lifespan
         return Lifetimes(
-            milliseconds(self.lifespan), milliseconds(self.max_lifespan), None if absolute is None else milliseconds(absolute)
+            milliseconds(self.lifespan),
+            milliseconds(self.max_lifespan),
+            None if absolute is None else milliseconds(absolute),
         )
 
     def keyring(self, name: str) -> Keyring:
@@ -270,7 +289,13 @@ def backend_url() -> str | None:
 
 def _state_directory() -> Path:
     home = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(home) if home.startswith("/") else Path("~/.local/state").expanduser()
+    try:
+        base = Path(home) if home.startswith("/") else Path("~/.local/state").expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"no Key is configured, and this user has no home directory to keep one in: set {PREFIX}KEY to what "
+            f"Key.generate() prints, or {PREFIX}KEY_FILE to a path that only this user can read"
+        ) from None
     return base / "shmsession"
 
 

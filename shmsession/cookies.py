@@ -4,8 +4,8 @@ A private cookie is 92 characters of URL-safe base64 with no slack bits, so that
 version (1 byte), Key id (4), nonce (12), AES-256-GCM of id and time of issue (32 + 4), tag (16).
 """
 
-from binascii import a2b_base64
 from base64 import urlsafe_b64encode
+from binascii import a2b_base64
 from datetime import timedelta
 from typing import Final, NamedTuple
 
@@ -48,7 +48,7 @@ class Cookies:
         if len(self.name) + VALUE_CHARS > MAX_COOKIE:
             raise ConfigError(f"cookie_name is too long: browsers drop cookies over {MAX_COOKIE} bytes")
 
-    def find(self, header: bytes) -> bytes | None | str:
+    def find(self, header: bytes) -> bytes | str | None:
         """The value of this cookie in a Cookie header; None without one, a reason code with more than one."""
         if self._needle not in header:
             return None
@@ -82,10 +82,10 @@ class Cookies:
         age = now // 1000 - int.from_bytes(plain[ID_BYTES:], "big")
         return Ticket(plain[:ID_BYTES], key_id != self._keyring.newest_id or age * 2 > self._max_age_seconds)
 
-    def read(self, header: bytes, now: int) -> Ticket | None | str:
+    def read(self, header: bytes, now: int) -> Ticket | str | None:
         """`find` and `open` in one: a ticket, None without a cookie, or a reason code."""
         value = self.find(header)
-        return self.open(value, now) if type(value) is bytes else value
+        return self.open(value, now) if isinstance(value, bytes) else value
 
     def value(self, session_id: bytes, now: int) -> str:
         """The sealed value for a session, issued at `now` milliseconds."""

@@ -1,20 +1,20 @@
 """Every error the library raises, under one root.
 
-    ShmSessionError
-    ├── ConfigError (ValueError)         a setting or a combination of settings that cannot work
-    ├── NoSessionError (LookupError)     `Session.of` found no session: no middleware, or a skipped path
-    ├── SessionGone                      the session was destroyed or renewed by somebody else meanwhile
-    ├── ReadOnlySession (TypeError)      a write on a read-only session
-    ├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
-    ├── ResponseStarted                  a new cookie is needed, but the headers have left
-    ├── ContentionError                  `apply` lost the race for one key too often
-    ├── CodecError (ValueError)
-    │   ├── UnsupportedValue (TypeError) a value that cannot be stored, named by its key
-    │   └── UndecodableValue             stored bytes that this process cannot decode
-    └── StoreError                       the memory store cannot do it now: middleware answers 503
-        ├── StoreFull                    no room left that may be used for this
-        ├── Unreadable                   written under an unknown Key, or by a newer version
-        └── UnsafeStore                  the directory, a file in it or its other users are not to be trusted
+ShmSessionError
+├── ConfigError (ValueError)         a setting or a combination of settings that cannot work
+├── NoSessionError (LookupError)     `Session.of` found no session: no middleware, or a skipped path
+├── SessionGone                      the session was destroyed or renewed by somebody else meanwhile
+├── ReadOnlySession (TypeError)      a write on a read-only session
+├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
+├── ResponseStarted                  a new cookie is needed, but the headers have left
+├── ContentionError                  `apply` lost the race for one key too often
+├── CodecError (ValueError)
+│   ├── UnsupportedValue (TypeError) a value that cannot be stored, named by its key
+│   └── UndecodableValue             stored bytes that this process cannot decode
+└── StoreError                       the memory store cannot do it now: middleware answers 503
+    ├── StoreFull                    no room left that may be used for this
+    ├── Unreadable                   written under an unknown Key, or by a newer version
+    └── UnsafeStore                  the directory, a file in it or its other users are not to be trusted
 """
 
 

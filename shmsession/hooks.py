@@ -50,7 +50,9 @@ Event = CookieRefused | CommitDropped | Evicted | RecordCorrupt | Quarantined
 class Hook(Protocol):
     """Called in the process and thread where it happened, after the fact; what it raises is logged and ignored."""
 
-    def __call__(self, event: Event, /) -> None: ...
+    def __call__(self, event: Event, /) -> None:
+        """Take note of an event."""
+        ...
 
 
 class Hooks:
@@ -61,6 +63,7 @@ class Hooks:
         self.counts: dict[str, int] = {}
 
     def emit(self, event: Event) -> None:
+        """Count the event and tell the hooks of it."""
         kind = type(event).__name__
         self.counts[kind] = self.counts.get(kind, 0) + 1
         for hook in self._hooks:

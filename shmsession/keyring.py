@@ -104,23 +104,28 @@ class Keyring:
 
 def parse_keys(text: str) -> tuple[Key, ...]:
     """Keys separated by commas or lines, oldest first; lines that begin with # are comments."""
-    words = [word.strip() for line in text.splitlines() if not line.lstrip().startswith("#") for word in line.split(",")]
+    words = [
+        word.strip() for line in text.splitlines() if not line.lstrip().startswith("#") for word in line.split(",")
+    ]
     return tuple(Key.parse(word) for word in words if word)
 
 
 def load_or_create(path: Path) -> tuple[Key, ...]:
     """The Keys kept in `path`, mode 0600; a missing file is made with one new Key, once, whoever comes first."""
-    if not path.exists():
+    if not os.path.lexists(path):
         _create(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(f"the key file {path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "r", encoding="utf-8", errors="replace") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             raise ConfigError(f"the key file {path} must be a file of uid {os.geteuid()} with mode 0600")
-        keys = parse_keys(file.read())
+        with os.fdopen(descriptor, "r", encoding="utf-8", errors="replace", closefd=False) as file:
+            keys = parse_keys(file.read())
+    finally:
+        os.close(descriptor)
     if not keys:
         raise ConfigError(f"the key file {path} holds no Key: remove it, or write what Key.generate() prints into it")
     return keys

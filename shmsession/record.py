@@ -123,6 +123,7 @@ class Changes:
 
 
 def pack_header(header: Header) -> bytes:
+    """The header as it is stored."""
     return _LAYOUT.pack(*header)
 
 
@@ -137,6 +138,7 @@ def join(data: Data) -> bytes:
 
 
 def split(data: bytes) -> Data:
+    """The map that `join` was given; the values stay encoded."""
     return msgpack.unpackb(data, raw=False, strict_map_key=False)  # type: ignore[no-any-return]
 
 
@@ -154,9 +156,7 @@ def first_header(
     flags = _with(flags, STORABLE, changes.storable is not False)
     flags = _with(flags, LONGTERM, changes.longterm)
     idle, absolute = lifetimes.idle_expiry(now, flags), lifetimes.deadline(now)
-    return Header(
-        FORMAT, flags, key_id, epoch, 1, 0, now, now, idle, absolute, min(idle, absolute), boot, user_tag
-    )
+    return Header(FORMAT, flags, key_id, epoch, 1, 0, now, now, idle, absolute, min(idle, absolute), boot, user_tag)
 
 
 def next_header(

@@ -1,8 +1,8 @@
 """The session as the application sees it: a mapping that knows what was done to it, and nothing of stores or HTTP."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from datetime import datetime, timezone
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge
@@ -14,6 +14,8 @@ T = TypeVar("T")
 APPLY_ATTEMPTS: Final = 100
 ENVIRON_KEY: Final = "shmsession.session"
 _KEEP: Final = object()
+_MAP_HEADER: Final = 4
+"""The header of the record's map grows by so much at most."""
 
 
 class Resolved(NamedTuple):
@@ -58,9 +60,33 @@ class Session(MutableMapping[str, Any]):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
 
     __slots__ = (
-        "_assigned", "_base", "_cleared", "_create", "_credential", "_data", "_deleted", "_drop_cookie", "_loaded",
-        "_longterm", "_mutable", "_port", "_presented", "_record", "_renew", "_seen", "_size", "_stale_cookie", "_storable", "_touch",
-        "_user", "gone", "headers_sent", "owes_cookie", "_id", "accessed", "readonly",
+        "_assigned",
+        "_base",
+        "_cleared",
+        "_create",
+        "_credential",
+        "_data",
+        "_deleted",
+        "_drop_cookie",
+        "_id",
+        "_loaded",
+        "_longterm",
+        "_mutable",
+        "_port",
+        "_presented",
+        "_record",
+        "_renew",
+        "_seen",
+        "_size",
+        "_stale_cookie",
+        "_storable",
+        "_touch",
+        "_user",
+        "accessed",
+        "gone",
+        "headers_sent",
+        "owes_cookie",
+        "readonly",
     )  # fmt: skip
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -111,7 +137,7 @@ class Session(MutableMapping[str, Any]):
         self._record = record
         self._base: Data = {} if record is None else record.split()
         self._data = self._base
-        self._size = 0 if record is None else len(record.data)
+        self._size = 1 if record is None else len(record.data)
         self._seen: dict[str, Any] = {}
         self._mutable: dict[str, bytes | None] = {}
         self._assigned: set[str] = set()
@@ -148,11 +174,12 @@ class Session(MutableMapping[str, Any]):
         if type(key) is not str:
             raise TypeError(f"session keys are str, not {type(key).__name__}")
         raw = encode(value, key)
-        encode(key, key)
+        name = encode(key, key)
         self._edit()
         old = self._data.get(key)
-        size = self._size + len(raw) - (len(old) if old is not None else -len(key))
-        if size > self._port.max_size and len(raw) > (0 if old is None else len(old)):
+        grows_by = _framed(raw) + (len(name) if old is None else -_framed(old))
+        size = self._size + grows_by
+        if size + _MAP_HEADER > self._port.max_size and grows_by > 0:
             raise SessionTooLarge(
                 f"session[{key!r}] would make the session {size} bytes, max_size is {self._port.max_size}: "
                 "store less in it, or raise SessionConfig(max_size=)"
@@ -169,7 +196,7 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if type(key) is not str:
             raise KeyError(key)
-        self._size -= len(self._data.pop(key))
+        self._size -= _framed(self._data.pop(key)) + len(encode(key))
         self._forget(key)
         self._deleted.add(key)
 
@@ -196,9 +223,15 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if self.user_id is not None:
             self._user, self._renew = None, True
-        self._data, self._size, self._cleared = {}, 0, True
+        self._data, self._size, self._cleared = {}, 1, True
         for state in (self._seen, self._mutable, self._assigned, self._deleted):
-            state.clear()  # type: ignore[attr-defined]
+            state.clear()
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove the last key and return it with its value, as dict does."""
+        for key in reversed(list(self)):
+            return key, self.pop(key)
+        raise KeyError("the session is empty")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict of the application's data."""
@@ -214,7 +247,7 @@ class Session(MutableMapping[str, Any]):
     def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return {**other, **self.to_dict()}
 
-    def __ior__(self, other: Mapping[str, Any]) -> "Session":
+    def __ior__(self, other: Mapping[str, Any]) -> Self:
         self.update(other)
         return self
 
@@ -299,7 +332,7 @@ class Session(MutableMapping[str, Any]):
 
     # ── verbs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def increment(self, key: str, by: int | float = 1) -> Any:
+    def increment(self, key: str, by: float = 1) -> Any:
         """Add to a number, atomically over all processes; a missing one counts from 0. Returns the sum.
 
         It happens now, and stays when the response fails. On a session that is not stored yet it is a plain
@@ -314,7 +347,7 @@ class Session(MutableMapping[str, Any]):
         return self.apply(key, add, 0)
 
     def apply(self, key: str, fn: Callable[[Any], T], default: Any = None) -> T:
-        """Replace a value by `fn(value)`, atomically over all processes; a missing one is `default`. Returns the result.
+        """Replace a value by `fn(value)`, atomically over all processes; a missing one is `default`.
 
         `fn` must be pure: it runs again when another process was faster, up to 100 times, then ContentionError is
         raised. It happens now, and stays when the response fails. On a session that is not stored yet, or a key that
@@ -348,7 +381,8 @@ class Session(MutableMapping[str, Any]):
 
     def _swap(self, changes: Changes) -> bool:
         """One attempt; the base moves to the record as it is now, what was read or changed stays as it was."""
-        assert self._record is not None and self._id is not None
+        assert self._record is not None
+        assert self._id is not None
         answer = self._port.swap(handle_of(self._id), self._record, changes)
         if answer is None:
             self.gone = True
@@ -358,8 +392,8 @@ class Session(MutableMapping[str, Any]):
         return done
 
     def _rebase(self, record: Record) -> None:
-        pending = {key: self._data[key] for key in self._assigned}
-        read = {key: self._data[key] for key in self._seen if key in self._data}
+        pending: Data = {key: self._data[key] for key in self._assigned}
+        read: Data = {key: self._data[key] for key in self._seen if key in self._data}
         self._record, self._base = record, record.split()
         self._data = {key: raw for key, raw in self._base.items() if key not in self._deleted} | read | pending
 
@@ -426,7 +460,7 @@ class Session(MutableMapping[str, Any]):
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 
     def pending(self, *, touch: bool = False) -> Changes | None:
-        """What a commit has to write; None for nothing. Raises UnsupportedValue for a nested edit that cannot be stored."""
+        """What a commit has to write; None for nothing. Raises UnsupportedValue for nested edits that cannot be."""
         changed: dict[DataKey, bytes] = {}
         for key, seen in self._mutable.items():
             raw = encode(self._seen[key], key)
@@ -436,7 +470,9 @@ class Session(MutableMapping[str, Any]):
             if key not in changed:
                 changed[key] = self._data[key]
         flags = self._storable is not None or self._longterm is not None
-        if not (changed or self._deleted or self._cleared or self._renew or self._create or self._touch or flags or touch):
+        if not (
+            changed or self._deleted or self._cleared or self._renew or self._create or self._touch or flags or touch
+        ):
             return None
         return Changes(
             changed, tuple(self._deleted), self._cleared, touch or self._touch, self._storable, self._longterm
@@ -445,14 +481,16 @@ class Session(MutableMapping[str, Any]):
     @property
     def is_emptied(self) -> bool:
         """Whether `clear()` was called and nothing was stored since."""
-        return self._cleared and not len(self)
+        return self._cleared and not self.logs_in and not len(self)
 
     @property
     def wants_renewal(self) -> bool:
+        """Whether `renew()` was called."""
         return self._renew
 
     @property
     def wants_creation(self) -> bool:
+        """Whether `create()` was called on a session that is not stored."""
         return self._create
 
     @property
@@ -469,6 +507,7 @@ class Session(MutableMapping[str, Any]):
 
     @property
     def record(self) -> Record | None:
+        """The record that this request stands at; None until the session is stored."""
         return self._record
 
     @property
@@ -478,10 +517,12 @@ class Session(MutableMapping[str, Any]):
 
     @property
     def loaded(self) -> bool:
+        """Whether anything was read yet."""
         return self._loaded
 
     @property
     def drops_cookie(self) -> bool:
+        """Whether the browser holds a cookie that a destroyed session left."""
         return self._drop_cookie
 
     def committed(self, session_id: bytes, record: Record) -> None:
@@ -504,12 +545,18 @@ class Session(MutableMapping[str, Any]):
 
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
-        assigned = {key: self._data[key] for key in self._assigned}
+        assigned = {key: self._seen[key] for key in self._assigned}
         user, storable, longterm = self._user, self._storable, self._longterm
         self.start(NOTHING)
-        self._data, self._assigned, self._size = dict(assigned), set(assigned), sum(map(len, assigned.values()))
+        self.update(assigned)
         self._user, self._storable, self._longterm = user, storable, longterm
 
 
+def _framed(raw: bytes) -> int:
+    """How many bytes an encoded value takes in the record's map."""
+    size = len(raw)
+    return size + (2 if size < 1 << 8 else 3 if size < 1 << 16 else 5)
+
+
 def _moment(milliseconds: int) -> datetime | None:
-    return None if milliseconds >= NEVER else datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+    return None if milliseconds >= NEVER else datetime.fromtimestamp(milliseconds / 1000, UTC)

@@ -108,10 +108,12 @@ class SessionStore:
 
     @cached_property
     def keyring(self) -> Keyring:
+        """The configured Keys, or those of the key file. Raises ConfigError."""
         return self.config.keyring(self.name)
 
     @cached_property
     def cookies(self) -> Cookies:
+        """Reads and writes this store's cookie."""
         return Cookies(self.config, self.keyring)
 
     @property
@@ -278,7 +280,7 @@ class SessionStore:
         return isinstance(found, Record) and found.raw == record.raw
 
     def _drop(self, session: Session, changes: Changes, now: int) -> None:
-        """The session ended elsewhere: nothing is written and no cookie sent, but a login begins a session of its own."""
+        """The session ended elsewhere: nothing is written, no cookie sent; but a login begins a session of its own."""
         if session.logs_in and not session.headers_sent:
             session.begin_anew()
             self._create(session, session.pending() or changes, now)

@@ -27,9 +27,11 @@ class ManualClock:
         self._boot = 3_600_000
 
     def now(self) -> int:
+        """Milliseconds since 1970."""
         return self._wall
 
     def boot(self) -> int:
+        """Milliseconds since boot."""
         return self._boot
 
     def advance(self, seconds: float = 0, **spans: float) -> None:

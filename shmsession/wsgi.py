@@ -37,6 +37,7 @@ class SessionMiddleware:
         self._readonly = matcher(readonly)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve one request (PEP 3333)."""
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         if self._skip is not None and self._skip(path):
             return self.app(environ, start_response)
@@ -69,7 +70,7 @@ class _Response:
         self._body: Iterable[bytes] = ()
 
     def start(self, status: str, headers: Headers, exc_info: Any = None) -> Write:
-        """The application's start_response (PEP 3333): a second call needs `exc_info`, and fails after the first byte."""
+        """The application's start_response (PEP 3333): a second call needs `exc_info`."""
         if self._server_write is not None:
             return self._start_response(status, headers, exc_info)
         if self._started is not None and exc_info is None:

@@ -11,14 +11,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError, ShmSessionError, StoreError
-from ..store import SessionStore, stores
+from shmsession.errors import ConfigError, ShmSessionError, StoreError
+from shmsession.memory.place import open_directory
+from shmsession.store import SessionStore, stores
 
 __all__ = ["child_exit", "on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 
 logger = logging.getLogger("shmsession")
 
 VARIABLE = "SHMSESSION_STORE"
+BOOT_ERROR = 3
+"""gunicorn's WORKER_BOOT_ERROR: the arbiter stops instead of starting the next worker."""
 
 
 def chain(*hooks: Callable[..., object]) -> Callable[..., None]:
@@ -58,8 +61,11 @@ def configured_store() -> SessionStore | None:
 def on_starting(server: Any) -> None:
     """In the arbiter, before any worker: a setting that cannot work stops the start here, with one line."""
     try:
-        for store in _known():
+        configured_store()
+        for store in stores():
             store.open().close()
+        if not stores():
+            _check_variables()
     except ShmSessionError as error:
         server.log.error("shmsession: %s", error)
         raise SystemExit(1) from error
@@ -72,12 +78,13 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """In each worker with the application loaded: open now what the first request would have to."""
+    """In each worker with the application loaded: open now what the first request would have to, or stop the start."""
     for store in stores():
         try:
             store.open()
         except ShmSessionError as error:
             worker.log.error("shmsession: %s", error)
+            raise SystemExit(BOOT_ERROR) from error
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -100,7 +107,8 @@ def on_exit(server: Any) -> None:
         store.close()
 
 
-def _known() -> list[SessionStore]:
-    """The stores of this process: those that preloading made, and the configured one."""
-    configured_store()
-    return stores()
+def _check_variables() -> None:
+    """The settings of an application that only the workers will load, as far as the variables say them."""
+    directory = SessionStore().config.directory
+    if directory is not None:
+        os.close(open_directory(directory))

@@ -20,9 +20,10 @@ from uuid import uuid4
 import lmdb
 from lmdb.verify import VerifyError, verify
 
-from ..clock import Clock
-from ..errors import StoreError, StoreFull, UnsafeStore
-from ..record import Header
+from shmsession.clock import Clock
+from shmsession.errors import StoreError, StoreFull, UnsafeStore
+from shmsession.record import Header
+
 from . import place, salvage
 from .tables import NAMES, Tables, Txn, index, number, sequence_key
 
@@ -73,9 +74,12 @@ class Opened:
         with env.begin() as txn:
             self.epoch = number(txn.get(b"epoch", db=self.tables.meta))
             if number(txn.get(b"format", db=self.tables.meta)) > STORE_FORMAT:
-                raise UnsafeStore(f"{data.parent} was made by a newer version of shmsession: upgrade, or set SHMSESSION_NAME")
+                raise UnsafeStore(
+                    f"{data.parent} was made by a newer version of shmsession: upgrade, or set SHMSESSION_NAME"
+                )
 
     def close(self) -> None:
+        """Leave: others may find themselves alone after this."""
         self.env.close()
         fcntl.flock(self.attached, fcntl.LOCK_UN)
         os.close(self.attached)
@@ -117,7 +121,7 @@ class Environment:
                 with opened.env.begin() as txn:
                     raw = txn.get(handle, db=opened.tables.records)
                 if opened.words[0] == opened.generation and opened.pid == os.getpid():
-                    return raw  # type: ignore[return-value]
+                    return raw
                 self._leave(opened)
             except lmdb.Error as error:
                 self._recover(opened, error)
@@ -311,7 +315,7 @@ class Environment:
     def _problem(self) -> str | None:
         """What is wrong with the file, found by reading it without LMDB."""
         try:
-            found = verify(str(self.data))
+            found: list[str] = verify(str(self.data))  # type: ignore[no-untyped-call]
         except (VerifyError, OSError) as error:
             return str(error)
         if found:
@@ -395,7 +399,7 @@ class Environment:
 def _identity(data: Path) -> tuple[int, int]:
     """Device and inode of the data file; (0, 0) when it is not there."""
     try:
-        info = os.stat(data / "data.mdb")
+        info = (data / "data.mdb").stat()
     except OSError:
         return (0, 0)
     return (info.st_dev, info.st_ino)
@@ -411,7 +415,7 @@ def _try_exclusive(descriptor: int) -> bool:
 
 def _pid_namespace() -> int:
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 1
 

@@ -5,13 +5,13 @@ import logging
 import os
 import stat
 import tempfile
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ..config import MIN_MAP_SIZE
-from ..errors import StoreFull, UnsafeStore
+from shmsession.config import MIN_MAP_SIZE
+from shmsession.errors import StoreFull, UnsafeStore
 
 logger = logging.getLogger("shmsession")
 
@@ -20,7 +20,7 @@ _HINT: Final = "remove it, or set SHMSESSION_DIR to a directory of this user's o
 
 
 def default_directory() -> Path:
-    """/dev/shm/shmsession-<uid>, or the same in the temporary directory where there is no /dev/shm."""
+    """`shmsession-<uid>` in the shared memory file system, or in the temporary directory where there is none."""
     shared = Path("/dev/shm")  # noqa: S108  # the directory made in it is private, and checked
     parent = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     return parent / f"shmsession-{os.geteuid()}"

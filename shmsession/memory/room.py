@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from ..errors import StoreFull
-from ..record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack_header
+from shmsession.errors import StoreFull
+from shmsession.record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack_header
+
 from .environment import Usage
 from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, unindex
 
@@ -28,6 +29,7 @@ def admit(usage: Usage, limit: int, grows_by: int) -> None:
 
 
 def limit_for(header: Header) -> int:
+    """Up to how full a map a new record of this kind is let in, in per cent."""
     return NEW_LOGGED_IN if header.flags & AUTHENTICATED else NEW_ANONYMOUS
 
 
@@ -75,5 +77,3 @@ def _may_go(header: Header, boot: int, *, recoverable: bool) -> bool:
 def is_recent(header: Header, boot: int) -> bool:
     """Whether it changed within QUIET_MS of this boot; a change of an earlier boot is not recent."""
     return 0 <= boot - header.changed < QUIET_MS
-
-

@@ -21,7 +21,9 @@ def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
         return
     command = [python, "-P", __file__, str(environment)]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(  # noqa: S603  # our own file, by this Python
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=False
+        )
         output = done.stdout
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout or b""
@@ -30,7 +32,11 @@ def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
 
 def _interpreter() -> str | None:
     """The Python that runs this; under an embedding server sys.executable is that server."""
-    candidates = [sys.executable, f"{sysconfig.get_path('scripts')}/python", f"{sysconfig.get_config_var('BINDIR')}/python3"]
+    candidates = [
+        sys.executable,
+        f"{sysconfig.get_path('scripts')}/python",
+        f"{sysconfig.get_config_var('BINDIR')}/python3",
+    ]
     return next((path for path in candidates if path and "python" in Path(path).name and Path(path).exists()), None)
 
 

@@ -3,9 +3,9 @@
 import struct
 from hmac import compare_digest
 
-from ..errors import Unreadable
-from ..keyring import MAC_BYTES, Keyring
-from ..record import FORMAT, HEADER_BYTES, Header, Record, pack_header, unpack_header
+from shmsession.errors import Unreadable
+from shmsession.keyring import MAC_BYTES, Keyring
+from shmsession.record import FORMAT, HEADER_BYTES, Header, Record, pack_header, unpack_header
 
 _SHORTEST = HEADER_BYTES + MAC_BYTES
 

@@ -8,12 +8,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from ..clock import Clock
-from ..errors import SessionTooLarge, StoreFull, Unreadable
-from ..hooks import Evicted, Hooks, Quarantined, RecordCorrupt
-from ..ids import tag_of
-from ..keyring import Keyring
-from ..record import (
+from shmsession.clock import Clock
+from shmsession.errors import SessionTooLarge, StoreFull, Unreadable
+from shmsession.hooks import Evicted, Hooks, Quarantined, RecordCorrupt
+from shmsession.ids import tag_of
+from shmsession.keyring import Keyring
+from shmsession.record import (
     AUTHENTICATED,
     NO_TAG,
     RENEWED,
@@ -31,7 +31,9 @@ from ..record import (
     tombstone,
     unpack_header,
 )
+
 from . import environment, room
+from .place import default_directory
 from .seal import RecordSeal
 from .tables import (
     ANONYMOUS_CLASS,
@@ -96,7 +98,7 @@ class MemoryStore:
         self._backend = backend
         self._hooks = hooks or Hooks()
         self._full_since = -FULL_PAUSE_MS
-        base = directory or environment.place.default_directory()
+        base = directory or default_directory()
         self.environment = environment.acquire(base, name, map_size, clock, self._judge)
         self.environment.on_quarantine = lambda path, count: self._hooks.emit(Quarantined(str(path), count))
 
@@ -209,7 +211,9 @@ class MemoryStore:
         begins anew. Raises StoreFull, Unreadable.
         """
         boot = self._clock.boot()
-        prepared = self._moved(new, base, changes, now, boot, user, login=login) if self._is_live(base.header, now) else None
+        prepared = (
+            self._moved(new, base, changes, now, boot, user, login=login) if self._is_live(base.header, now) else None
+        )
 
         def work(txn: Txn, tables: Tables) -> Record | Missing:
             raw = txn.get(old, db=tables.records)
@@ -323,7 +327,11 @@ class MemoryStore:
             return False
 
         def work(txn: Txn, tables: Tables) -> int:
-            rows = [] if self._clock_stepped(txn, tables, now, boot) else _due(txn, tables, ANONYMOUS_CLASS, now, EVICTION_BATCH)
+            rows = (
+                []
+                if self._clock_stepped(txn, tables, now, boot)
+                else _due(txn, tables, ANONYMOUS_CLASS, now, EVICTION_BATCH)
+            )
             swept = sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
             return swept or -room.evict(txn, tables, boot, EVICTION_BATCH, backend=self._backend)
 
@@ -365,13 +373,19 @@ class MemoryStore:
         if user is not None:
             data[USER_KEY] = user
         touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
-        header = next_header(found.header, now, boot, touched, self._lifetimes, self.environment.epoch, self._seal.key_id)
+        header = next_header(
+            found.header, now, boot, touched, self._lifetimes, self.environment.epoch, self._seal.key_id
+        )
         flags = header.flags & ~AUTHENTICATED | (AUTHENTICATED if user is not None else 0)
         absolute = self._lifetimes.deadline(now) if login else header.absolute
         header = header._replace(
-            flags=flags, version=1, dirty_seq=0, absolute=absolute, horizon=max(header.horizon, min(header.idle_expiry, absolute)),
+            flags=flags,
+            version=1,
+            dirty_seq=0,
+            absolute=absolute,
+            horizon=max(header.horizon, min(header.idle_expiry, absolute)),
             user_tag=NO_TAG if user is None else tag_of(user),
-        )  # fmt: skip
+        )
         return self._seal.close(new, header, self._joined(data))
 
     def _joined(self, data: Data) -> bytes:
@@ -409,7 +423,9 @@ class MemoryStore:
         txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
         return self._seal.close(handle, header._replace(dirty_seq=sequence), record.data)
 
-    def _bury(self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *, renewed: bool) -> None:
+    def _bury(
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *, renewed: bool
+    ) -> None:
         """Put a tombstone in the record's place. It remembers the horizon, until which a backend must know it."""
         epoch, key_id = self.environment.epoch, self._seal.key_id
         dead = tombstone(header, now, boot, room.QUIET_MS, epoch, key_id, renewed=renewed)
@@ -450,7 +466,7 @@ class MemoryStore:
         return boot < until <= boot + STEP_PAUSE_MS
 
     def _judge(self, handle: bytes, raw: bytes) -> Header | None:
-        """A salvaged record's header when it is whole and must be kept: all of them, or with a backend what it lacks."""
+        """A salvaged record's header when it is whole and to be kept: all, or with a backend what that lacks."""
         header = self._judge_header(handle, raw)
         if header is None or (self._backend and not (header.dirty_seq or header.flags & TOMBSTONE)):
             return None
@@ -475,7 +491,7 @@ def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[byte
     cursor = txn.cursor(tables.expiry)
     found = cursor.set_range(expiry_bound(kind, 0))
     end = expiry_bound(kind, now + 1)
-    while found and len(rows) < limit and cursor.key() < end:
+    while found and len(rows) < limit and bytes(cursor.key()) < end:
         rows.append(bytes(cursor.key()))
         found = cursor.next()
     return rows
@@ -483,5 +499,3 @@ def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[byte
 
 def _any_due(txn: Txn, tables: Tables, now: int) -> bool:
     return any(_due(txn, tables, kind, now, 1) for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS))
-
-

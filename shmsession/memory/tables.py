@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 import lmdb
 
-from ..record import AUTHENTICATED, NO_TAG, TOMBSTONE, Header
+from shmsession.record import AUTHENTICATED, NO_TAG, TOMBSTONE, Header
 
 ANONYMOUS_CLASS: Final = 0
 LOGGED_IN_CLASS: Final = 1
@@ -35,12 +35,14 @@ NAMES: Final = tuple(name.encode() for name in Tables._fields)
 
 
 def class_of(header: Header) -> int:
+    """Which class of the expiry table a record is in."""
     if header.flags & TOMBSTONE:
         return TOMBSTONE_CLASS
     return LOGGED_IN_CLASS if header.flags & AUTHENTICATED else ANONYMOUS_CLASS
 
 
 def expiry_key(header: Header, handle: bytes) -> bytes:
+    """The row of the expiry table that leads to a record."""
     return _EXPIRY.pack(class_of(header), header.expires, handle)
 
 
@@ -50,14 +52,17 @@ def expiry_bound(kind: int, time: int) -> bytes:
 
 
 def handle_in(expiry_row: bytes) -> bytes:
+    """The handle in a row of the expiry table."""
     return expiry_row[9:]
 
 
 def sequence_key(sequence: int) -> bytes:
+    """A number as 8 bytes that sort as it counts."""
     return _SEQUENCE.pack(sequence)
 
 
 def number(stored: bytes | None) -> int:
+    """What `sequence_key` was given; 0 for nothing."""
     return 0 if stored is None else int(_SEQUENCE.unpack(stored)[0])
 
 

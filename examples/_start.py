@@ -1,0 +1,17 @@
+"""Making the store so that a wrong setting is one line on the terminal, not a traceback from every worker."""
+
+import sys
+
+from shmsession import SessionStore
+from shmsession.errors import ConfigError
+
+BOOT_ERROR = 3  # gunicorn and uvicorn stop at this exit status; after any other they start the next worker
+
+
+def store_or_exit() -> SessionStore:
+    """A store that keeps sessions in memory only; every setting is a SHMSESSION_* variable."""
+    try:
+        return SessionStore()
+    except ConfigError as error:
+        print(f"shmsession: {error}", file=sys.stderr, flush=True)
+        sys.exit(BOOT_ERROR)

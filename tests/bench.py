@@ -1,0 +1,288 @@
+"""`./dev bench`: what a session costs a request, as ratios of times taken in turn in one process. No assertion here.
+
+Each variant is called through the same bare ASGI application, some thousand requests at a time, the variants
+taking turns; a figure is the median over the rounds of the time a request takes over the bare application.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import json
+import os
+import pstats
+import shutil
+import statistics
+import tempfile
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Awaitable, Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgpack
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from shmsession import SessionConfig, SessionStore
+from shmsession.asgi import SessionMiddleware
+from shmsession.keyring import Key
+from shmsession.testing import login_cookie
+
+DATA: dict[str, Any] = {
+    "user": "ada@example.org", "name": "Ada Lovelace", "locale": "en_GB", "hits": 41, "theme": "dark",
+    "cart": [{"sku": f"A-{n:05}", "quantity": n, "price": "12.50", "title": f"Article number {n}"} for n in range(8)],
+    "seen": [f"/articles/{n}" for n in range(12)], "flags": {"beta": True, "consent": False, "tour": 3},
+    "csrf": "n1Yq0tY2rS8b5F3sXo9gkD4wZ7uVhJmC",
+}  # fmt: skip
+
+Scope = dict[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+
+BODY = {"type": "http.response.body", "body": b"ok"}
+OTHER_HEADERS = [
+    (b"host", b"localhost"), (b"user-agent", b"bench"), (b"accept", b"*/*"), (b"accept-language", b"en"),
+    (b"accept-encoding", b"gzip"), (b"connection", b"keep-alive"), (b"referer", b"http://localhost/"),
+]  # fmt: skip
+
+
+def start() -> dict[str, Any]:
+    """A response's first message; a new one each time, for middleware may add to its headers."""
+    return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+
+
+def application(touch: Callable[[Any], None]) -> App:
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        touch(scope)
+        await send(start())
+        await send(BODY)
+
+    return app
+
+
+def untouched(scope: Scope) -> None:
+    return None
+
+
+def read(scope: Scope) -> None:
+    session = scope["session"]
+    session["user"]
+    session["hits"]
+
+
+def write(scope: Scope) -> None:
+    session = scope["session"]
+    session["hits"] = session["hits"] + 1
+
+
+class Floor:
+    """The least straight-line code: same cookie, same tables, same total bytes, MAC; no classes, no options."""
+
+    def __init__(self, directory: Path, bytes_total: int) -> None:
+        directory.mkdir(mode=0o700)
+        self.env = lmdb.open(str(directory), map_size=64 << 20, max_dbs=6, sync=False, mode=0o700, max_spare_txns=0)
+        self.records = self.env.open_db(b"records")
+        self.key = os.urandom(32)
+        self.cipher = AESGCM(os.urandom(32))
+        secret, nonce = os.urandom(36), os.urandom(12)
+        self.cookie = urlsafe_b64encode(b"\x01abcd" + nonce + self.cipher.encrypt(nonce, secret, b"cookie session"))
+        handle = blake2b(secret[:32], digest_size=20, person=b"shmsession id").digest()
+        data = msgpack.packb({key: msgpack.packb(value) for key, value in DATA.items()})
+        self.header = bytes(bytes_total - len(data) - 16)
+        with self.env.begin(write=True) as txn:
+            raw = self.header + data
+            txn.put(handle, raw + self.mac(handle, raw), db=self.records)
+
+    def mac(self, handle: bytes, raw: bytes) -> bytes:
+        return blake2b(handle + raw, key=self.key, digest_size=16).digest()
+
+    def app(self, *, writes: bool) -> App:
+        size, env, records, cipher = len(self.header), self.env, self.records, self.cipher
+
+        async def app(scope: Scope, receive: Any, send: Any) -> None:
+            cookie = b""
+            for name, value in scope["headers"]:
+                if name == b"cookie":
+                    cookie = value.partition(b"session=")[2]
+            token = urlsafe_b64decode(cookie)
+            secret = cipher.decrypt(token[5:17], token[17:], b"cookie session")
+            handle = blake2b(secret[:32], digest_size=20, person=b"shmsession id").digest()
+            with env.begin() as txn:
+                raw = txn.get(handle, db=records)
+            assert raw is not None
+            if self.mac(handle, raw[:-16]) != raw[-16:]:
+                raise ValueError
+            data = msgpack.unpackb(raw[size:-16])
+            msgpack.unpackb(data["user"])
+            hits = msgpack.unpackb(data["hits"])
+            if writes:
+                data["hits"] = msgpack.packb(hits + 1)
+                new = self.header + msgpack.packb(data)
+                new += self.mac(handle, new)
+                with env.begin(write=True) as txn:
+                    if txn.get(handle, db=records) != raw:
+                        raise ValueError
+                    txn.put(handle, new, db=records)
+            await send(start())
+            await send(BODY)
+
+        return app
+
+
+def starlette_signed(touch: Callable[[Any], None]) -> tuple[App, bytes]:
+    """Starlette's signed cookie, which does no I/O at all, with the same data."""
+    from itsdangerous import TimestampSigner
+    from starlette.middleware.sessions import SessionMiddleware as SignedCookie
+
+    signed = TimestampSigner("secret").sign(urlsafe_b64encode(json.dumps(DATA).encode()))
+    return SignedCookie(application(touch), secret_key="secret"), b"session=" + signed  # type: ignore[arg-type, return-value]
+
+
+async def receive() -> Any:
+    raise AssertionError("nobody sends a body here")
+
+
+async def send(message: Any) -> None:
+    return None
+
+
+async def calls(app: App, cookie: bytes | None, count: int) -> float:
+    """Seconds that one request takes."""
+    headers = OTHER_HEADERS if cookie is None else [*OTHER_HEADERS, (b"cookie", cookie)]
+    begin = time.perf_counter()
+    for _ in range(count):
+        await app({"type": "http", "path": "/", "method": "GET", "headers": headers, "scheme": "http"}, receive, send)
+    return (time.perf_counter() - begin) / count
+
+
+def make_store(directory: Path, name: str, map_size: int = 64 << 20) -> SessionStore:
+    config = SessionConfig(
+        name=name, directory=directory, keys=(Key.generate(),), secure=False, map_size=map_size
+    )
+    return SessionStore(config=config)
+
+
+def cookie_of(store: SessionStore) -> bytes:
+    ((name, value),) = login_cookie(store, DATA).items()
+    return f"{name}={value}".encode()
+
+
+def variants(directory: Path) -> dict[str, tuple[App, bytes | None]]:
+    store = make_store(directory / "sessions", "bench")
+    cookie = cookie_of(store)
+    record = store.resolve(lambda: cookie).record
+    assert record is not None
+    floor = Floor(directory / "floor", len(record.raw))
+    floor_cookie = b"session=" + floor.cookie
+    found: dict[str, tuple[App, bytes | None]] = {
+        "bare application": (application(untouched), None),
+        "no cookie, not looked at": (SessionMiddleware(application(untouched), store), None),
+        "cookie, not looked at": (SessionMiddleware(application(untouched), store), cookie),
+        "skipped path": (SessionMiddleware(application(untouched), store, skip="/"), cookie),
+        "read": (SessionMiddleware(application(read), store), cookie),
+        "write": (SessionMiddleware(application(write), store), cookie),
+        "floor read": (floor.app(writes=False), floor_cookie),
+        "floor write": (floor.app(writes=True), floor_cookie),
+    }
+    for name, touch in (("untouched", untouched), ("read", read), ("write", write)):
+        found[f"Starlette signed cookie, {name}"] = starlette_signed(touch)
+    return found
+
+
+def measure(found: dict[str, tuple[App, bytes | None]], rounds: int, count: int) -> dict[str, float]:
+    """Median microseconds over the bare application, the variants taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+
+    async def run() -> None:
+        for name, (app, cookie) in found.items():
+            await calls(app, cookie, count // 4)
+        for _ in range(rounds):
+            for name, (app, cookie) in found.items():
+                times[name].append(await calls(app, cookie, count) * 1e6)
+
+    asyncio.run(run())
+    bare = times["bare application"]
+    return {name: statistics.median(a - b for a, b in zip(row, bare, strict=True)) for name, row in times.items()}
+
+
+def ratios(cost: dict[str, float]) -> list[tuple[str, float, str]]:
+    signed = "Starlette signed cookie, "
+    return [
+        ("read ÷ floor read", cost["read"] / cost["floor read"], "≤ 2"),
+        ("write ÷ floor write", cost["write"] / cost["floor write"], "≤ 2"),
+        ("untouched ÷ Starlette signed", cost["cookie, not looked at"] / cost[signed + "untouched"], "≤ 1/3"),
+        ("read ÷ Starlette signed", cost["read"] / cost[signed + "read"], "≤ 1/3"),
+        ("write ÷ Starlette signed", cost["write"] / cost[signed + "write"], "≤ 1/3"),
+    ]
+
+
+def at_scale(directory: Path, sessions: int, rounds: int, count: int) -> list[tuple[str, float, str]]:
+    """The same requests spread over a store of many sessions against one of a thousand."""
+    small, large = make_store(directory / "k", "k"), make_store(directory / "m", "m", map_size=max(64 << 20, sessions * 2600))
+    stores = {"1,000": (small, 1_000), f"{sessions:,}": (large, sessions)}
+    found: dict[str, tuple[App, bytes | None]] = {"bare application": (application(untouched), None)}
+    pools: dict[str, list[bytes]] = {}
+    for label, (store, number) in stores.items():
+        every = max(1, number // 1_000)
+        pools[label] = [cookie for n in range(number) if (cookie := cookie_of(store)) and n % every == 0]
+    cost: dict[str, list[float]] = {}
+    for kind, touch in (("read", read), ("write", write)):
+        for label, (store, _) in stores.items():
+            found[f"{kind} {label}"] = (SessionMiddleware(application(touch), store), None)
+
+    async def run() -> None:
+        for _ in range(rounds):
+            bare = await calls(found["bare application"][0], None, count)
+            for kind in ("read", "write"):
+                for label in stores:
+                    app = found[f"{kind} {label}"][0]
+                    took = [await calls(app, cookie, 1) for cookie in pools[label]]
+                    cost.setdefault(f"{kind} {label}", []).append((statistics.fmean(took) - bare) * 1e6)
+
+    asyncio.run(run())
+    median = {name: statistics.median(row) for name, row in cost.items()}
+    big = f"{sessions:,}"
+    return [
+        (f"read at {big} ÷ at 1,000", median[f"read {big}"] / median["read 1,000"], "≤ 1.2"),
+        (f"write at {big} ÷ at 1,000", median[f"write {big}"] / median["write 1,000"], "≤ 1.5"),
+    ]
+
+
+def profile(app: App, cookie: bytes | None, count: int) -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    asyncio.run(calls(app, cookie, count))
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--count", type=int, default=2_000, help="requests in a round")
+    parser.add_argument("--sessions", type=int, default=0, help="also compare a store of so many sessions with one of 1,000")
+    parser.add_argument("--profile", choices=("read", "write"), help="print where the time of such a request goes")
+    options = parser.parse_args()
+    shared = Path("/dev/shm")
+    directory = Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
+    try:
+        found = variants(directory)
+        if options.profile:
+            profile(*found[options.profile], options.count * 10)
+            return
+        cost = measure(found, options.rounds, options.count)
+        print("µs a request over the bare application (median; compare ratios, not machines)")
+        for name, value in cost.items():
+            print(f"  {name:<36}{value:8.2f}")
+        rows = ratios(cost)
+        if options.sessions:
+            rows += at_scale(directory, options.sessions, options.rounds, options.count)
+        print("ratios, and the budget")
+        for name, value, allowed in rows:
+            print(f"  {name:<36}{value:8.2f}   {allowed}")
+    finally:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

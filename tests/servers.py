@@ -1,0 +1,507 @@
+"""The examples on real servers, and a small client for them.
+
+A test module takes the fixtures below with ``pytest_plugins = ["tests.servers"]``.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+import pytest
+
+import shmsession
+from shmsession import Key, SessionConfig, SessionStore
+
+ROOT: Final = Path(__file__).absolute().parent.parent
+"""The directory that holds `examples/`; not resolved, for the suite may run in a directory of links."""
+
+PACKAGE: Final = Path(shmsession.__file__).parent.parent
+PATIENCE: Final = 60.0
+"""Seconds after which something that ought to happen counts as not happening; nothing ever takes that long."""
+
+WORKERS: Final = 4
+_DIE_WITH_PARENT: Final = 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to serve one of the examples. `reusable`: connections serve more than one request."""
+
+    name: str
+    protocol: str
+    flags: tuple[str, ...]
+    gunicorn: bool = True
+    reusable: bool = True
+
+    @property
+    def app(self) -> str:
+        return f"examples.{self.protocol}_app:app"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SYNC: Final = Kind("sync", "wsgi", ("-k", "sync"), reusable=False)
+GTHREAD: Final = Kind("gthread", "wsgi", ("-k", "gthread", "--threads", "4"))
+ASGI: Final = Kind("asgi", "asgi", ("-k", "asgi"))
+UVICORN_WORKER: Final = Kind("uvicorn_worker", "asgi", ("-k", "uvicorn_worker.UvicornWorker"))
+UVICORN: Final = Kind("uvicorn", "asgi", (), gunicorn=False)
+
+ON_GUNICORN: Final = (SYNC, GTHREAD, ASGI, UVICORN_WORKER)
+KINDS: Final = (*ON_GUNICORN, UVICORN)
+
+
+# ── the client ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Unanswered(Exception):
+    """The connection ended before a whole answer had come."""
+
+
+class Answer(NamedTuple):
+    """A response; header names are in lower case."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key == name]
+
+    def header(self, name: str) -> str | None:
+        found = self.all(name)
+        return ", ".join(found) if found else None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def pid(self) -> int:
+        """Which worker it was."""
+        return int(dict(self.headers)["x-worker-pid"])
+
+
+Address = str | tuple[str, int]
+"""A unix socket's path, or host and port."""
+
+
+def dial(address: Address) -> socket.socket:
+    """A connected socket. Raises Unanswered."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection.settimeout(PATIENCE)
+    try:
+        connection.connect(address)
+    except OSError as error:
+        connection.close()
+        raise Unanswered(str(error)) from error
+    return connection
+
+
+class Browser:
+    """One visitor with a cookie jar. `keep_alive`: all requests over one connection, to one worker."""
+
+    def __init__(self, address: Address, cookies: Mapping[str, str] | None = None, *, keep_alive: bool = False) -> None:
+        self.address = address
+        self.cookies = dict(cookies or {})
+        self._keep_alive = keep_alive
+        self._socket: socket.socket | None = None
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.request("GET", path, headers)
+
+    def post(self, path: str, **headers: str) -> Answer:
+        return self.request("POST", path, headers)
+
+    def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        """Send it with the jar's cookies and keep what the answer sets. Raises Unanswered."""
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in (headers or {}).items())]
+        if method == "POST":
+            lines.append("Content-Length: 0")
+        if self.cookies and "Cookie" not in (headers or {}):
+            lines.append("Cookie: " + "; ".join(f"{name}={value}" for name, value in self.cookies.items()))
+        if not self._keep_alive:
+            lines.append("Connection: close")
+        answer = self.send("\r\n".join([*lines, "", ""]).encode("latin-1"), empty=method == "HEAD")
+        for cookie in answer.all("set-cookie"):
+            self._keep(cookie)
+        return answer
+
+    def _keep(self, cookie: str) -> None:
+        pair, *attributes = cookie.split("; ")
+        name, _, value = pair.partition("=")
+        if "Max-Age=0" in attributes:
+            self.cookies.pop(name, None)
+        else:
+            self.cookies[name] = value
+
+    def send(self, raw: bytes, *, empty: bool = False) -> Answer:
+        """Send bytes as they are and read one response; `empty` when it has no body whatever its headers say."""
+        connection = self._socket or dial(self.address)
+        self._socket = None
+        try:
+            connection.sendall(raw)
+            answer, reusable = _read_response(connection, empty=empty)
+        except OSError as error:
+            connection.close()
+            raise Unanswered(str(error)) from error
+        except Unanswered:
+            connection.close()
+            raise
+        if self._keep_alive and reusable:
+            self._socket = connection
+        else:
+            connection.close()
+        return answer
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_response(connection: socket.socket, *, empty: bool) -> tuple[Answer, bool]:
+    """The answer, and whether the connection may serve another request."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        chunk = connection.recv(65536)
+        if not chunk:
+            raise Unanswered("closed before the headers")
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *rest = head.decode("latin-1").split("\r\n")
+    headers = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in rest)]
+    status, fields = int(first.split(" ", 2)[1]), dict(headers)
+    if empty or status in (204, 304):
+        return Answer(status, headers, body), fields.get("connection", "").lower() != "close"
+    wanted = int(fields["content-length"]) if "content-length" in fields else None
+    while wanted is None or len(body) < wanted:
+        chunk = connection.recv(65536)
+        if not chunk:
+            if wanted is not None:
+                raise Unanswered("closed before the end of the body")
+            break
+        body += chunk
+    return Answer(status, headers, body), wanted is not None and fields.get("connection", "").lower() != "close"
+
+
+# ── the servers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _prepare_dying() -> Callable[[], object] | None:
+    if sys.platform != "linux":  # pragma: no cover
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+_die_with_parent = _prepare_dying()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    """The running children of a process, of all its threads."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return [child for child in found if alive(child)]
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Return as soon as `condition` holds; fail when it does not."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.01)
+
+
+@dataclass
+class Server:
+    """One of the examples on one kind of server, with a session store of its own in `place`.
+
+    As a context manager it starts and stops; then the log must show no traceback, unless `may_fail`.
+    """
+
+    kind: Kind
+    place: Path
+    preload: bool = False
+    workers: int = WORKERS
+    flags: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    config: Path | None = None
+    app: str | None = None
+    cwd: Path = ROOT
+    tcp: bool = False
+    may_fail: bool = False
+
+    def __post_init__(self) -> None:
+        self.key = Key.generate()
+        self.log = self.place / "log"
+        self.address: Address = str(self.place / "http")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._groups: list[int] = []
+        self._stores: list[SessionStore] = []
+
+    # What it is told.
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The variables of the server: none of ours are handed on, and nothing is written to the home directory."""
+        ours = {
+            "SHMSESSION_DIR": str(self.place / "sessions"), "SHMSESSION_KEY": str(self.key), "SHMSESSION_SECURE": "0",
+            "SHMSESSION_MAP_SIZE": "16MiB", "SHMSESSION_NAME": "suite", "HOME": str(self.place),
+            "XDG_STATE_HOME": str(self.place / "state"), "PYTHONPATH": str(PACKAGE), "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SHMSESSION_")}
+        merged = {**inherited, **ours, **self.env}
+        return {name: value for name, value in merged.items() if value != ""}
+
+    @property
+    def command(self) -> list[str]:
+        app = self.app or self.kind.app
+        if not self.kind.gunicorn:
+            where = ["--port", "0"] if self.tcp else ["--uds", str(self.address)]
+            return [
+                sys.executable, "-m", "uvicorn", "--workers", str(self.workers), *where, "--no-access-log",
+                *self.flags, app,
+            ]  # fmt: skip
+        where = "127.0.0.1:0" if self.tcp else f"unix:{self.address}"
+        return [
+            sys.executable, "-m", "gunicorn", "-c", str(self.config or self.cwd / "gunicorn.conf.py"),
+            "-w", str(self.workers), "-b", where, *self.kind.flags, *(["--preload"] if self.preload else []),
+            *self.flags, app,
+        ]  # fmt: skip
+
+    # Its life.
+
+    def launch(self) -> "subprocess.Popen[bytes]":
+        """Start it without waiting until it serves."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command, cwd=self.cwd, env=self.settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        self.process = process
+        self._groups.append(process.pid)
+        return process
+
+    def start(self) -> Self:
+        """Start it and wait until it answers."""
+        process = self.launch()
+        try:
+            wait_for(lambda: process.poll() is not None or self._answers(), "the server answers")
+            assert process.returncode is None, f"the server ended at its start with {process.returncode}"
+        except BaseException:
+            print(self.text)
+            self.reap()
+            raise
+        return self
+
+    def _answers(self) -> bool:
+        if self.tcp:
+            port = re.search(r"(?:Listening at|running on): ?http://127.0.0.1:(\d+)|on http://127.0.0.1:(\d+)", self.text)
+            if port is None:
+                return False
+            self.address = ("127.0.0.1", int(port[1] or port[2]))
+        try:
+            return self.browser().get("/ping").status == 200
+        except Unanswered:
+            return False
+
+    @property
+    def pid(self) -> int:
+        """The arbiter, or uvicorn's parent process."""
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def text(self) -> str:
+        """The log so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def tell(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to end, wait, and return its exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def kill_master(self) -> None:
+        """kill -9 of the arbiter alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def reap(self) -> None:
+        """Kill whatever is left of every start of it."""
+        for group in self._groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait(PATIENCE)
+        for store in self._stores:
+            store.close()
+        wait_for(lambda: not any(map(_group_lives, self._groups)), "its processes end")
+        self._groups.clear()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self.process is not None and self.process.poll() is None:
+                self.stop()
+        finally:
+            self.reap()
+            if kind is not None:
+                print(self.text)
+        if kind is None:
+            self.check_log()
+
+    def check_log(self) -> None:
+        """No traceback so far."""
+        assert self.may_fail or "Traceback" not in self.text, self.text
+
+    # What is in it.
+
+    def worker_pids(self) -> list[int]:
+        """The workers that run now."""
+        return sorted(pid for pid in children(self.pid) if self.kind.gunicorn or _is_uvicorn_worker(pid))
+
+    def browser(self, cookies: Mapping[str, str] | None = None, *, keep_alive: bool = False) -> Browser:
+        return Browser(self.address, cookies, keep_alive=keep_alive)
+
+    def store(self, **settings: Any) -> SessionStore:
+        """The server's own session store, opened in this process."""
+        config = {"directory": self.place / "sessions", "keys": (self.key,), "secure": False, "name": "suite"}
+        store = SessionStore(config=SessionConfig(**{**config, **settings}))
+        self._stores.append(store)
+        return store
+
+    def one_each(self, cookies: Mapping[str, str] | None = None) -> dict[int, Browser]:
+        """For every worker a browser that talks to it alone; not on servers without keep-alive.
+
+        Which worker takes a connection is the kernel's choice, so those that have one are stopped while the next is
+        dialled: they are idle, and hold no lock.
+        """
+        found: dict[int, Browser] = {}
+        try:
+            while len(found) < self.workers:
+                browser = self.browser(cookies, keep_alive=True)
+                pid = browser.get("/ping").pid
+                if pid in found:
+                    browser.close()
+                    continue
+                found[pid] = browser
+                os.kill(pid, signal.SIGSTOP)
+        finally:
+            for pid in found:
+                os.kill(pid, signal.SIGCONT)
+        return found
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    members = (path for path in Path("/proc").iterdir() if path.name.isdecimal())
+    return any(alive(int(path.name)) and _group_of(int(path.name)) == group for path in members)
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _is_uvicorn_worker(pid: int) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def last_commit(store: SessionStore) -> int:
+    """LMDB's number of the last write transaction: it moves when anybody writes anything."""
+    number: int = store.memory.environment.open().env.info()["last_txnid"]
+    return number
+
+
+def new_place() -> Path:
+    """A short-named directory on shared memory where there is one."""
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
+
+
+# ── fixtures ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+Running = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    """`running(kind, preload=…)`: a server that all tests of this process share; none of them may hurt it."""
+    servers: dict[tuple[Kind, bool], Server] = {}
+
+    def get(kind: Kind, *, preload: bool = False) -> Server:
+        if (kind, preload) not in servers:
+            server = Server(kind, new_place(), preload=preload)
+            try:
+                servers[kind, preload] = server.start()
+            except BaseException:
+                shutil.rmtree(server.place)
+                raise
+        return servers[kind, preload]
+
+    yield get
+    logs = []
+    for server in servers.values():
+        server.stop()
+        server.reap()
+        logs.append(server.text)
+        shutil.rmtree(server.place)
+    assert not any("Traceback" in log for log in logs), "\n".join(logs)
+
+
+@pytest.fixture
+def serve(place: Path) -> Iterator[Callable[..., Server]]:
+    """`serve(kind, …)`: a server of this test's own, started, stopped at its end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(kind: Kind, **options: Any) -> Server:
+            return stack.enter_context(Server(kind, options.pop("place", place), **options))
+
+        yield start
