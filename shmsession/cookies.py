@@ -7,17 +7,20 @@ version (1 byte), Key id (4), nonce (12), AES-256-GCM of id and time of issue (3
 from base64 import urlsafe_b64encode
 from binascii import a2b_base64
 from datetime import timedelta
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 
 from .config import SessionConfig
 from .errors import ConfigError
-from .ids import ID_BYTES
+from .ids import ID_BYTES, handle_of
 from .keyring import KEY_ID_BYTES, Keyring
 
 VERSION: Final = b"\x01"
 VALUE_CHARS: Final = 92
+OPENED_COOKIES: Final = 4096
+"""So many opened cookies a process remembers, refused ones included."""
 MAX_COOKIE: Final = 4096
 """RFC 6265bis: browsers drop a cookie whose name and value are longer than this together."""
 
@@ -28,10 +31,11 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 
 class Ticket(NamedTuple):
-    """A cookie that passed its seal. `stale`: it should be issued anew, for its Key or its age."""
+    """A cookie that passed its seal. From `stale_after` milliseconds on it should be issued anew, for its Key or age."""
 
     session_id: bytes
-    stale: bool
+    handle: bytes
+    stale_after: int
 
 
 class Cookies:
@@ -45,6 +49,9 @@ class Cookies:
         self._max_age_seconds = max(1, config.max_age // timedelta(seconds=1))
         self._attributes = _attributes(config)
         self._prefix = self.name + "="
+        self._alone = len(self._needle) + VALUE_CHARS
+        self.open = lru_cache(OPENED_COOKIES)(self._open)
+        """The ticket in a cookie's value, or the reason code of its refusal; remembered, for browsers repeat it."""
         if len(self.name) + VALUE_CHARS > MAX_COOKIE:
             raise ConfigError(f"cookie_name is too long: browsers drop cookies over {MAX_COOKIE} bytes")
 
@@ -54,6 +61,8 @@ class Cookies:
             return None
         found: bytes | None = None
         needle, skip = self._needle, len(self._needle)
+        if len(header) == self._alone and header.startswith(needle) and b";" not in header:
+            return header[skip:]
         for pair in header.split(b";"):
             pair = pair.strip(b" \t")
             if pair.startswith(needle):
@@ -62,10 +71,7 @@ class Cookies:
                 found = pair[skip:]
         return found
 
-    def open(self, value: bytes, now: int) -> Ticket | str:
-        """The ticket in a cookie's value, or the reason code of its refusal."""
-        if len(value) != VALUE_CHARS:
-            return "malformed"
+    def _open(self, value: bytes) -> Ticket | str:
         try:
             token = a2b_base64(value.translate(_TO_STANDARD), strict_mode=True)
         except ValueError:
@@ -79,13 +85,16 @@ class Cookies:
             return "unknown_key"
         except InvalidTag:
             return "forged"
-        age = now // 1000 - int.from_bytes(plain[ID_BYTES:], "big")
-        return Ticket(plain[:ID_BYTES], key_id != self._keyring.newest_id or age * 2 > self._max_age_seconds)
+        issued, session_id = int.from_bytes(plain[ID_BYTES:], "big"), plain[:ID_BYTES]
+        fresh = key_id == self._keyring.newest_id
+        return Ticket(session_id, handle_of(session_id), (issued * 1000 + self._max_age_seconds * 500) if fresh else 0)
 
-    def read(self, header: bytes, now: int) -> Ticket | str | None:
+    def read(self, header: bytes) -> Ticket | str | None:
         """`find` and `open` in one: a ticket, None without a cookie, or a reason code."""
         value = self.find(header)
-        return self.open(value, now) if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            return self.open(value) if len(value) == VALUE_CHARS else "malformed"
+        return value
 
     def value(self, session_id: bytes, now: int) -> str:
         """The sealed value for a session, issued at `now` milliseconds."""
@@ -122,6 +131,8 @@ def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHead
 
     With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
     """
+    if set_cookie is None and not any(len(name) == 4 and name.lower() == b"vary" for name, _ in headers):
+        return [*headers, (b"vary", b"Cookie")]
     result, vary = [], b"Cookie"
     for name, value in headers:
         lowered = name.lower()

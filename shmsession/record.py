@@ -53,16 +53,31 @@ class Header(NamedTuple):
         return min(self.idle_expiry, self.absolute)
 
 
-class Record(NamedTuple):
-    """A record as stored: `raw` is all of it, MAC included."""
+class Record:
+    """A record as stored: `raw` is all of it, MAC included. Equal bytes, equal records."""
 
-    raw: bytes
-    header: Header
-    data: bytes
+    __slots__ = ("_values", "data", "header", "raw")
+
+    def __init__(self, raw: bytes, header: Header, data: bytes, values: Data | None = None) -> None:
+        self.raw = raw
+        self.header = header
+        self.data = data
+        self._values = values
 
     def split(self) -> Data:
-        """The data's encoded values by key; none of them is decoded."""
-        return split(self.data) if self.data else {}
+        """The data's encoded values by key; none of them is decoded. Not to be changed: copy it first."""
+        if self._values is None:
+            self._values = split(self.data) if self.data else {}
+        return self._values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and self.raw == other.raw
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+    def __repr__(self) -> str:
+        return f"<Record, version {self.header.version}>"
 
 
 @dataclass(frozen=True, slots=True)

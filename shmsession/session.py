@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge
-from .ids import handle_of, text_of
+from .ids import text_of
 from .record import LONGTERM, NEVER, STORABLE, USER_KEY, Changes, Data, DataKey, Record
 
 T = TypeVar("T")
@@ -14,6 +15,11 @@ T = TypeVar("T")
 APPLY_ATTEMPTS: Final = 100
 ENVIRON_KEY: Final = "shmsession.session"
 _KEEP: Final = object()
+_TOUCHED: Final = Changes(touch=True)
+_PENDING: Final = (
+    "_assigned", "_cleared", "_create", "_deleted", "_edited", "_longterm", "_mutable", "_renew", "_size", "_storable",
+    "_touch", "_user",
+)  # fmt: skip
 _MAP_HEADER: Final = 4
 """The header of the record's map grows by so much at most."""
 
@@ -25,6 +31,7 @@ class Resolved(NamedTuple):
     """
 
     session_id: bytes | None = None
+    handle: bytes | None = None
     record: Record | None = None
     stale_cookie: bool = False
     gone: bool = False
@@ -59,45 +66,30 @@ class Port(Protocol):
 class Session(MutableMapping[str, Any]):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
 
-    __slots__ = (
-        "_assigned",
-        "_base",
-        "_cleared",
-        "_create",
-        "_credential",
-        "_data",
-        "_deleted",
-        "_drop_cookie",
-        "_id",
-        "_loaded",
-        "_longterm",
-        "_mutable",
-        "_port",
-        "_presented",
-        "_record",
-        "_renew",
-        "_seen",
-        "_size",
-        "_stale_cookie",
-        "_storable",
-        "_touch",
-        "_user",
-        "accessed",
-        "gone",
-        "headers_sent",
-        "owes_cookie",
-        "readonly",
-    )  # fmt: skip
+    # What is so until something happens: making and reading a session must cost next to nothing.
+    accessed = False
+    headers_sent = False
+    owes_cookie = False
+    gone = False
+    loaded = False
+    drops_cookie = False
+    record: Record | None = None
+    secret: bytes | None = None
+    raw_handle: bytes | None = None
+    _presented = _stale_cookie = _edited = False
+    _cleared = _create = _renew = _touch = False
+    _storable: bool | None = None
+    _longterm: bool | None = None
+    _user: Any = _KEEP
+    _size = 0
+    _mutable: dict[str, bytes | None] = {}  # noqa: RUF012  # empty for all until `_track` gives a session its own
+    _assigned: set[str] = set()  # noqa: RUF012  # these two until `_edit` does
+    _deleted: set[str] = set()  # noqa: RUF012
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
         self._port = port
         self._credential = credential
-        self._loaded = False
         self.readonly = readonly
-        self.accessed = False
-        self.headers_sent = False
-        self.owes_cookie = False
-        self.gone = False
 
     @classmethod
     def of(cls, request: Any) -> "Session":
@@ -121,44 +113,49 @@ class Session(MutableMapping[str, Any]):
     def _look(self) -> None:
         """The application looks: load, once."""
         self.accessed = True
-        if not self._loaded:
+        if not self.loaded:
             found = NOTHING if self._credential is None else self._port.resolve(self._credential)
             self.start(found)
 
     def start(self, found: Resolved) -> None:
         """Stand at what a credential led to."""
-        self._id, self._record, self._stale_cookie, self.gone, self._presented = found
-        self._loaded = True
-        self._drop_cookie = False
-        self._reset(self._record)
+        self.secret, self.raw_handle, record, self._stale_cookie, self.gone, self._presented = found
+        self.loaded = True
+        self.drops_cookie = False
+        self._reset(record)
 
     def _reset(self, record: Record | None) -> None:
         """Stand at `record` with nothing pending and nothing read."""
-        self._record = record
-        self._base: Data = {} if record is None else record.split()
-        self._data = self._base
-        self._size = 1 if record is None else len(record.data)
+        self.record = record
+        self._data: Data = {} if record is None else record.split()
+        self._base = self._data
         self._seen: dict[str, Any] = {}
-        self._mutable: dict[str, bytes | None] = {}
-        self._assigned: set[str] = set()
-        self._deleted: set[str] = set()
-        self._cleared = self._create = self._renew = self._touch = False
-        self._storable: bool | None = None
-        self._longterm: bool | None = None
-        self._user: Any = _KEEP
+        if self._edited or self._mutable:
+            for name in _PENDING:
+                self.__dict__.pop(name, None)
 
     def _edit(self) -> None:
         """The application changes something."""
         self._look()
         if self.readonly:
             raise ReadOnlySession("this session was opened read-only: see readonly= of the SessionMiddleware")
-        if self._data is self._base:
+        if not self._edited:
+            self._edited = True
             self._data = dict(self._base)
+            self._size = 1 if self.record is None else len(self.record.data)
+            self._assigned, self._deleted = set(), set()
+            self._mutable = dict(self._mutable)
+
+    def _track(self, key: str, raw: bytes | None) -> None:
+        """A value that can change in place: at the commit its bytes are compared with `raw`."""
+        if not self._mutable:
+            self._mutable = {}
+        self._mutable[key] = raw
 
     # ── mapping ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def __getitem__(self, key: str) -> Any:
-        if not self._loaded or not self.accessed:
+        if not self.accessed:
             self._look()
         if key in self._seen:
             return self._seen[key]
@@ -167,17 +164,17 @@ class Session(MutableMapping[str, Any]):
         raw = self._data[key]
         value = self._seen[key] = decode(raw)
         if type(value) not in IMMUTABLE:
-            self._mutable[key] = raw
+            self._track(key, raw)
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         if type(key) is not str:
             raise TypeError(f"session keys are str, not {type(key).__name__}")
         raw = encode(value, key)
-        name = encode(key, key)
+        name_size = _name_size(key)
         self._edit()
         old = self._data.get(key)
-        grows_by = _framed(raw) + (len(name) if old is None else -_framed(old))
+        grows_by = _framed(raw) + (name_size if old is None else -_framed(old))
         size = self._size + grows_by
         if size + _MAP_HEADER > self._port.max_size and grows_by > 0:
             raise SessionTooLarge(
@@ -190,13 +187,13 @@ class Session(MutableMapping[str, Any]):
         self._assigned.add(key)
         self._deleted.discard(key)
         if type(value) not in IMMUTABLE:
-            self._mutable[key] = None
+            self._track(key, None)
 
     def __delitem__(self, key: str) -> None:
         self._edit()
         if type(key) is not str:
             raise KeyError(key)
-        self._size -= _framed(self._data.pop(key)) + len(encode(key))
+        self._size -= _framed(self._data.pop(key)) + _name_size(key)
         self._forget(key)
         self._deleted.add(key)
 
@@ -252,7 +249,7 @@ class Session(MutableMapping[str, Any]):
         return self
 
     def __repr__(self) -> str:
-        if not self._loaded:
+        if not self.loaded:
             return "<Session, not looked at>"
         keys = sum(type(key) is str for key in self._data)
         return f"<Session {self.handle or 'new'}, {keys} keys>"
@@ -265,13 +262,13 @@ class Session(MutableMapping[str, Any]):
     def id(self) -> str | None:
         """The secret id as text; None until the session is stored. Never log it: `handle` is for that."""
         self._look()
-        return None if self._id is None else text_of(self._id)
+        return None if self.secret is None else text_of(self.secret)
 
     @property
     def handle(self) -> str | None:
         """The id's hash in hex, by which stores, logs and tools know the session; None until it is stored."""
         self._look()
-        return None if self._id is None else handle_of(self._id).hex()
+        return None if self.raw_handle is None else self.raw_handle.hex()
 
     @property
     def user_id(self) -> Any:
@@ -286,7 +283,7 @@ class Session(MutableMapping[str, Any]):
     def exists(self) -> bool:
         """Whether the session is stored."""
         self._look()
-        return self._record is not None
+        return self.record is not None
 
     @property
     def is_new(self) -> bool:
@@ -296,38 +293,38 @@ class Session(MutableMapping[str, Any]):
     @property
     def modified(self) -> bool:
         """Whether a commit would write something now. Nested edits count."""
-        return self._loaded and self.pending() is not None
+        return self.loaded and self.pending() is not None
 
     @property
     def created_at(self) -> datetime | None:
         """When the session began, UTC; None until it is stored."""
         self._look()
-        return None if self._record is None else _moment(self._record.header.created)
+        return None if self.record is None else _moment(self.record.header.created)
 
     @property
     def last_seen(self) -> datetime | None:
         """When it was last seen, UTC, to within `touch_interval`; None until it is stored."""
         self._look()
-        return None if self._record is None else _moment(self._record.header.last_seen)
+        return None if self.record is None else _moment(self.record.header.last_seen)
 
     @property
     def expires_at(self) -> datetime | None:
         """When it ends if nobody looks at it again, UTC; None until it is stored."""
         self._look()
-        return None if self._record is None else _moment(self._record.header.expires)
+        return None if self.record is None else _moment(self.record.header.expires)
 
     @property
     def storable(self) -> bool:
         """Whether a backend may have it (`set_store`)."""
         self._look()
-        stored = self._record is None or bool(self._record.header.flags & STORABLE)
+        stored = self.record is None or bool(self.record.header.flags & STORABLE)
         return stored if self._storable is None else self._storable
 
     @property
     def longterm(self) -> bool:
         """Whether it lives for `max_lifespan` instead of `lifespan` (`set_longterm`)."""
         self._look()
-        stored = self._record is not None and bool(self._record.header.flags & LONGTERM)
+        stored = self.record is not None and bool(self.record.header.flags & LONGTERM)
         return stored if self._longterm is None else self._longterm
 
     # ── verbs ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +353,7 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if self.gone:
             raise SessionGone("the session was renewed or destroyed by another request")
-        if self._record is None or self._cleared or self._is_pending(key):
+        if self.record is None or self._cleared or self._is_pending(key):
             result = fn(self.get(key, default))
             self[key] = result
             return result
@@ -365,7 +362,7 @@ class Session(MutableMapping[str, Any]):
     def _apply_stored(self, key: str, fn: Callable[[Any], T], default: Any) -> T:
         fallback = encode(default, key)
         for _ in range(APPLY_ATTEMPTS):
-            assert self._record is not None
+            assert self.record is not None
             expected = self._base.get(key)
             result = fn(decode(fallback if expected is None else expected))
             raw = encode(result, key)
@@ -375,15 +372,15 @@ class Session(MutableMapping[str, Any]):
                 self._forget(key)
                 self._seen[key] = result
                 if type(result) not in IMMUTABLE:
-                    self._mutable[key] = raw
+                    self._track(key, raw)
                 return result
         raise ContentionError(f"session[{key!r}] changed under each of {APPLY_ATTEMPTS} attempts: try again later")
 
     def _swap(self, changes: Changes) -> bool:
         """One attempt; the base moves to the record as it is now, what was read or changed stays as it was."""
-        assert self._record is not None
-        assert self._id is not None
-        answer = self._port.swap(handle_of(self._id), self._record, changes)
+        assert self.record is not None
+        assert self.raw_handle is not None
+        answer = self._port.swap(self.raw_handle, self.record, changes)
         if answer is None:
             self.gone = True
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
@@ -394,7 +391,7 @@ class Session(MutableMapping[str, Any]):
     def _rebase(self, record: Record) -> None:
         pending: Data = {key: self._data[key] for key in self._assigned}
         read: Data = {key: self._data[key] for key in self._seen if key in self._data}
-        self._record, self._base = record, record.split()
+        self.record, self._base = record, record.split()
         self._data = {key: raw for key, raw in self._base.items() if key not in self._deleted} | read | pending
 
     def _is_pending(self, key: str) -> bool:
@@ -421,17 +418,17 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if self.gone:
             return
-        if self._record is not None:
-            assert self._id is not None
-            self._port.kill(handle_of(self._id))
+        if self.record is not None:
+            assert self.raw_handle is not None
+            self._port.kill(self.raw_handle)
         presented = self._presented
         self.start(NOTHING)
-        self._drop_cookie = presented
+        self.drops_cookie = presented
 
     def create(self) -> None:
         """Store the session when this request commits, even if it is empty."""
         self._edit()
-        self._create = self._record is None
+        self._create = self.record is None
 
     def touch(self) -> None:
         """Move the session's end when this request commits, whatever `touch_interval` says."""
@@ -461,6 +458,8 @@ class Session(MutableMapping[str, Any]):
 
     def pending(self, *, touch: bool = False) -> Changes | None:
         """What a commit has to write; None for nothing. Raises UnsupportedValue for nested edits that cannot be."""
+        if not self._edited and not self._mutable:
+            return _TOUCHED if touch else None
         changed: dict[DataKey, bytes] = {}
         for key, seen in self._mutable.items():
             raw = encode(self._seen[key], key)
@@ -505,43 +504,23 @@ class Session(MutableMapping[str, Any]):
             return self._data.get(USER_KEY)
         return None if self._user is None else encode(self._user, "user_id")
 
-    @property
-    def record(self) -> Record | None:
-        """The record that this request stands at; None until the session is stored."""
-        return self._record
-
-    @property
-    def secret(self) -> bytes | None:
-        """The id's bytes."""
-        return self._id
-
-    @property
-    def loaded(self) -> bool:
-        """Whether anything was read yet."""
-        return self._loaded
-
-    @property
-    def drops_cookie(self) -> bool:
-        """Whether the browser holds a cookie that a destroyed session left."""
-        return self._drop_cookie
-
-    def committed(self, session_id: bytes, record: Record) -> None:
+    def committed(self, session_id: bytes, handle: bytes, record: Record, changes: Changes) -> None:
         """Stand at what was just committed; what was read stays readable, and nested edits of it are still noticed."""
-        values, seen = self._seen, self._mutable
-        self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self._id
+        values, data = self._seen, self._data
+        self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self.secret
         self._reset(record)
-        self._id = session_id
-        self._stale_cookie = self._drop_cookie = False
+        self.secret, self.raw_handle = session_id, handle
+        self._stale_cookie = self.drops_cookie = False
         for key, value in values.items():
             raw = self._base.get(key)
-            if raw is not None and (type(value) in IMMUTABLE or key in seen) and encode(value, key) == raw:
+            if raw is not None and raw == changes.set.get(key, data.get(key)):
                 self._seen[key] = value
                 if type(value) not in IMMUTABLE:
-                    self._mutable[key] = raw
+                    self._track(key, raw)
 
     def discard(self) -> None:
         """Forget what was changed and not committed."""
-        self._reset(self._record)
+        self._reset(self.record)
 
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
@@ -550,6 +529,12 @@ class Session(MutableMapping[str, Any]):
         self.start(NOTHING)
         self.update(assigned)
         self._user, self._storable, self._longterm = user, storable, longterm
+
+
+@lru_cache(1024)
+def _name_size(key: str) -> int:
+    """How many bytes a key takes in the record's map. Raises UnsupportedValue for one that UTF-8 cannot carry."""
+    return len(encode(key, key))
 
 
 def _framed(raw: bytes) -> int:

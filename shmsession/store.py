@@ -17,7 +17,7 @@ from .hooks import CommitDropped, CookieRefused, Hook, Hooks
 from .ids import handle_of, new_id
 from .keyring import Keyring
 from .memory.store import Conflict, MemoryStore, Missing
-from .record import USER_KEY, Changes, Record
+from .record import NEVER, USER_KEY, Changes, Record
 from .session import NOTHING, Resolved, Session
 
 logger = logging.getLogger("shmsession")
@@ -149,25 +149,24 @@ class SessionStore:
                 secret = urlsafe_b64decode(session_id + "=" * (-len(session_id) % 4))
             except ValueError:
                 secret = b""
-            session.start(self._find(Ticket(secret, stale=False), self.clock.now()))
+            session.start(self._find(Ticket(secret, handle_of(secret), NEVER), self.clock.now()))
         return session
 
     def resolve(self, credential: Credential) -> Resolved:
         """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
-        now = self.clock.now()
-        ticket = self.cookies.read(credential(), now)
+        ticket = self.cookies.read(credential())
         if ticket is None:
             return NOTHING
         if isinstance(ticket, str):
             self.hooks.emit(CookieRefused(ticket))
             return _NO_SESSION
-        return self._find(ticket, now)
+        return self._find(ticket, self.clock.now())
 
     def _find(self, ticket: Ticket, now: int) -> Resolved:
-        found = self.memory.load(handle_of(ticket.session_id), now)
+        found = self.memory.load(ticket.handle, now)
         if isinstance(found, Missing):
             return _RENEWED if found is Missing.RENEWED else _NO_SESSION
-        return Resolved(ticket.session_id, found, ticket.stale, presented=True)
+        return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
         """See `Port.swap`."""
@@ -241,28 +240,30 @@ class SessionStore:
             return
         self._need_headers(session)
         secret = new_id()
+        handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
-        record = self.memory.create(handle_of(secret), replace(changes, set=stored), now)
+        record = self.memory.create(handle, replace(changes, set=stored), now)
         if record is None:  # pragma: no cover  # 256 random bits met twice
             raise StoreError("the operating system's random source repeats itself")
-        session.committed(secret, record)
+        session.committed(secret, handle, record, changes)
 
     def _renew(self, session: Session, record: Record, changes: Changes, now: int) -> None:
         self._need_headers(session)
-        assert session.secret is not None
+        assert session.raw_handle is not None
         secret, user = new_id(), session.encoded_user
-        old, new = handle_of(session.secret), handle_of(secret)
+        old, new = session.raw_handle, handle_of(secret)
         found = self.memory.renew(old, new, record, changes, now, user, login=session.logs_in)
         if isinstance(found, Missing):
             self._drop(session, changes, now)
         else:
-            session.committed(secret, found)
+            session.committed(secret, new, found, changes)
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
-        assert session.secret is not None
-        handle = handle_of(session.secret)
+        secret, handle = session.secret, session.raw_handle
+        assert secret is not None
+        assert handle is not None
         if changes.changes_nothing_in(record) and self._is_current(handle, record, now):
-            session.discard()
+            session.committed(secret, handle, record, changes)
             return
         try:
             found = self.memory.update(handle, record, changes, now)
@@ -271,7 +272,7 @@ class SessionStore:
                 raise
             return
         if isinstance(found, Record):
-            session.committed(session.secret, found)
+            session.committed(secret, handle, found, changes)
         else:
             self._drop(session, changes, now)
 

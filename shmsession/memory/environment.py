@@ -4,17 +4,22 @@ In the store's directory stand `attached`, mapped by every process that has the 
 and the PID namespace of those processes; a shared flock says that somebody is there), and `lmdb/`, the environment.
 """
 
+import atexit
+import contextlib
+import ctypes
+import errno
 import fcntl
 import logging
 import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from time import monotonic
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, NoReturn, TypeVar
 from uuid import uuid4
 
 import lmdb
@@ -25,7 +30,7 @@ from shmsession.errors import StoreError, StoreFull, UnsafeStore
 from shmsession.record import Header
 
 from . import place, salvage
-from .tables import NAMES, Tables, Txn, index, number, sequence_key
+from .tables import NAMES, Tables, Txn, clock_row, index, number, sequence_key
 
 T = TypeVar("T")
 
@@ -85,6 +90,14 @@ class Opened:
         os.close(self.attached)
 
 
+class Salvaged(NamedTuple):
+    """A record that is whole, from a damaged environment."""
+
+    handle: bytes
+    raw: bytes
+    header: Header
+
+
 class Usage(NamedTuple):
     """Pages of 4 KiB: in use by the tables, highest ever used, and all."""
 
@@ -100,6 +113,7 @@ class Environment:
         self.base = base
         self.path = base / name
         self.data = self.path / "lmdb"
+        self._ready = self.path / "lmdb.ready"
         self.users = 0
         self._map_size = map_size
         self._clock = clock
@@ -116,11 +130,13 @@ class Environment:
         for _ in range(ATTEMPTS):
             opened = self._opened or self.open()
             try:
+                if opened.pid != os.getpid():
+                    _refuse_inherited()
                 if monotonic() >= opened.next_look:
                     self._look(opened)
                 with opened.env.begin() as txn:
                     raw = txn.get(handle, db=opened.tables.records)
-                if opened.words[0] == opened.generation and opened.pid == os.getpid():
+                if opened.words[0] == opened.generation:
                     return raw
                 self._leave(opened)
             except lmdb.Error as error:
@@ -136,6 +152,8 @@ class Environment:
 
         Raises StoreFull when the map has no pages left for it; then nothing was written.
         """
+        if self.is_inherited:
+            _refuse_inherited()
         with self.lock:
             return self._run(work, write=True)
 
@@ -143,9 +161,11 @@ class Environment:
         for _ in range(ATTEMPTS):
             opened = self._opened or self.open()
             try:
+                if opened.pid != os.getpid():
+                    _refuse_inherited()
                 if monotonic() >= opened.next_look:
                     self._look(opened)
-                if opened.words[0] == opened.generation and opened.pid == os.getpid():
+                if opened.words[0] == opened.generation:
                     with opened.env.begin(write=write) as txn:
                         result = work(txn, opened.tables)
                     if opened.words[0] == opened.generation:
@@ -200,12 +220,6 @@ class Environment:
             if self._opened is not opened:
                 return
             self._opened = None
-            if opened.pid != os.getpid():
-                _inherited.append(opened)
-                raise UnsafeStore(
-                    "this process was forked past Python's fork hooks with the memory store open: "
-                    "load the application after the fork (uWSGI: lazy-apps = true)"
-                )
             opened.close()
 
     def _recover(self, opened: Opened, error: lmdb.Error) -> None:
@@ -223,14 +237,27 @@ class Environment:
 
     def open(self) -> Opened:
         """Open the environment in this process if it is not. Raises UnsafeStore, StoreFull."""
+        if self.is_inherited:
+            _refuse_inherited()
         with self.lock:
-            if self._opened is None:
-                with self._entered() as directory:
+            for _ in range(ATTEMPTS):
+                if self._opened is not None:
+                    return self._opened
+                # Somebody may remove the directory while this process enters it: then it is made again.
+                with contextlib.suppress(FileNotFoundError), self._entered() as directory:
                     self._opened = self._open(directory)
-            return self._opened
+        raise StoreError(f"{self.path} was removed {ATTEMPTS} times while it was being opened")
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it was opened by the parent, before a fork that did not run Python's fork hooks."""
+        opened = self._opened
+        return opened is not None and opened.pid != os.getpid()
 
     def close(self) -> None:
-        """Close it; any later use opens it again."""
+        """Close it; any later use opens it again. What the parent opened stays: closing it would disturb the parent."""
+        if self.is_inherited:
+            return
         with self.lock:
             opened, self._opened = self._opened, None
             if opened is not None:
@@ -243,18 +270,27 @@ class Environment:
         try:
             with place.gate(directory):
                 yield directory
+        except FileNotFoundError:
+            raise
+        except (OSError, lmdb.Error) as error:
+            full = isinstance(error, (lmdb.DiskError, lmdb.MapFullError)) or getattr(error, "errno", 0) == errno.ENOSPC
+            raise (StoreFull if full else StoreError)(f"{self.path} cannot be opened: {error}") from error
         finally:
             os.close(directory)
 
     def _open(self, directory: int) -> Opened:
         attached = place.open_file(self.path / "attached", directory, create=True)
         try:
-            os.ftruncate(attached, 16)
+            place.give(attached, 16)
             words = memoryview(mmap.mmap(attached, 16)).cast("Q")
             if _try_exclusive(attached):
                 words[1] = _pid_namespace()
                 self._make_ready(directory, words)
-            elif words[1] != _pid_namespace():
+            elif words[1] == _pid_namespace():
+                if not self._check_files():
+                    words[0] += 1
+                    self._make_ready(directory, words)
+            else:
                 raise UnsafeStore(
                     f"{self.path} is in use by processes of another PID namespace, such as another container: "
                     "give each container a directory of its own (SHMSESSION_DIR), or one PID namespace to all"
@@ -305,8 +341,10 @@ class Environment:
         """Nobody else is attached: verify what is there, before LMDB trusts it, or make what is missing."""
         if self.data.is_symlink():
             raise UnsafeStore(f"{self.data} is a symbolic link: remove it, or set SHMSESSION_DIR to another directory")
+        if not self.data.exists() and self._ready.exists():
+            self._ready.rename(self.data)
         if not self._check_files():
-            self._create(directory, ())
+            self._create(directory)
         elif _identity(self.data) != self._verified:
             problem = self._problem()
             if problem is not None:
@@ -322,12 +360,17 @@ class Environment:
             return found[0]
         env = self._lmdb(self.data)
         try:
-            Tables(*(env.open_db(name, create=False) for name in NAMES))
+            tables = Tables(*(env.open_db(name, create=False) for name in NAMES))
+            with env.begin() as txn:
+                if txn.get(b"check", db=tables.meta) != _check(txn, tables):
+                    return "what it says of itself does not add up"
+                size = number(txn.get(b"size", db=tables.meta))
         except lmdb.Error as error:
             return str(error)
         finally:
             env.close()
-        return None
+        found_size = (self.data / "data.mdb").stat().st_size
+        return None if size == found_size else f"it has {found_size} bytes instead of {size}"
 
     def _quarantine(self, opened: Opened, problem: str) -> None:
         """LMDB met damage: rebuild, unless another process has done so meanwhile. The others notice the new number."""
@@ -338,7 +381,7 @@ class Environment:
                 self._opened = None
                 words, generation = opened.words, opened.generation
                 opened.close()
-                if words[0] == generation:
+                if words[0] == generation and _identity(self.data) == opened.identity:
                     self._rebuild(directory, words, problem)
 
     def _rebuild(self, directory: int, words: memoryview, problem: str) -> None:
@@ -346,25 +389,31 @@ class Environment:
         words[0] += 1
         aside = self.path / f"quarantine-{words[0]}"
         logger.error("the memory store %s is damaged (%s): kept as %s and rebuilt", self.path, problem, aside.name)
-        whole = []
+        whole: dict[bytes, Salvaged] = {}
         for handle, raw in salvage.records_in(self.data):
             header = self._judge(handle, raw) if len(handle) == 20 else None
-            if header is not None:
-                whole.append((handle, raw, header))
+            if header is None:
+                continue
+            known = whole.get(handle)
+            if known is None or (known.header.epoch, known.header.version) < (header.epoch, header.version):
+                whole[handle] = Salvaged(handle, raw, header)
         for old in self.path.glob("quarantine-*"):
             shutil.rmtree(old, ignore_errors=True)
-        self.data.rename(aside)
         try:
-            self._create(directory, whole)
-        except StoreFull:
-            shutil.rmtree(aside, ignore_errors=True)
-            self._create(directory, whole)
+            self._create(directory, whole.values(), aside)
+        except (StoreFull, lmdb.MapFullError):
+            shutil.rmtree(self.data)
+            self._create(directory, whole.values())
         self.on_quarantine(aside, len(whole))
 
-    def _create(self, directory: int, records: "tuple[()] | list[tuple[bytes, bytes, Header]]") -> None:
-        """Make the environment under another name and move it to its place when it is complete."""
+    def _create(self, directory: int, records: Collection[Salvaged] = (), aside: Path | None = None) -> None:
+        """Make the environment under another name and move it to its place when it is complete.
+
+        What stands there goes `aside`. Whoever finds the place empty after a crash in between takes what is ready.
+        """
         new = self.path / "lmdb.new"
-        shutil.rmtree(new, ignore_errors=True)
+        for leftover in (new, self._ready):
+            shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir(mode=0o700)
         descriptor = place.open_directory(new)
         try:
@@ -380,20 +429,37 @@ class Environment:
         try:
             tables = Tables(*(env.open_db(name) for name in NAMES))
             with env.begin(write=True) as txn:
-                self._found(txn, tables)
+                self._found(txn, tables, size)
                 for handle, raw, header in records:
                     txn.put(handle, raw, db=tables.records)
                     index(txn, tables, handle, header)
+                last = max((salvaged.header.dirty_seq for salvaged in records), default=0)
+                txn.put(b"sequence", sequence_key(last), db=tables.meta)
         finally:
             env.close()
-        if self.data.exists():
+        new.rename(self._ready)
+        if aside is not None:
+            self.data.rename(aside)
+        elif self.data.exists():
             shutil.rmtree(self.data)
-        new.rename(self.data)
+        self._ready.rename(self.data)
 
-    def _found(self, txn: Txn, tables: Tables) -> None:
+    def _found(self, txn: Txn, tables: Tables, size: int) -> None:
+        now = self._clock.now()
         txn.put(b"format", sequence_key(STORE_FORMAT), db=tables.meta)
-        txn.put(b"epoch", sequence_key(self._clock.now()), db=tables.meta)
+        txn.put(b"epoch", sequence_key(now), db=tables.meta)
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
+        txn.put(b"size", sequence_key(size), db=tables.meta)
+        txn.put(b"check", _check(txn, tables), db=tables.meta)
+        txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
+
+
+def _check(txn: Txn, tables: Tables) -> bytes:
+    """A digest of what the environment says of itself and no commit changes; in every format the same four rows."""
+    digest = blake2b(digest_size=16)
+    for name in (b"format", b"epoch", b"uuid", b"size"):
+        digest.update(txn.get(name, b"", db=tables.meta))
+    return digest.digest()
 
 
 def _identity(data: Path) -> tuple[int, int]:
@@ -424,8 +490,6 @@ def _pid_namespace() -> int:
 
 _environments: dict[Path, Environment] = {}
 _registry_lock = threading.RLock()
-_inherited: list[Opened] = []
-"""Environments that a fork past Python's hooks left open: closing them here would free the parent's reader slots."""
 
 
 def acquire(base: Path, name: str, map_size: int | None, clock: Clock, judge: Judge) -> Environment:
@@ -443,7 +507,7 @@ def release(environment: Environment) -> None:
     """The last user's release closes it."""
     with _registry_lock:
         environment.users -= 1
-        if environment.users == 0:
+        if environment.users == 0 and not environment.is_inherited:
             environment.close()
             for path in [path for path, known in _environments.items() if known is environment]:
                 del _environments[path]
@@ -469,4 +533,19 @@ def _after_fork_in_child() -> None:
         environment.lock = threading.RLock()
 
 
+def _refuse_inherited() -> NoReturn:
+    raise UnsafeStore(
+        "this process was forked past Python's fork hooks with the memory store open: "
+        "load the application after the fork (uWSGI: lazy-apps = true)"
+    )
+
+
+def _keep_inherited() -> None:
+    """Let the interpreter's end not close what the parent opened: that would free the parent's reader slots."""
+    for environment in _environments.values():
+        if environment.is_inherited:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+
+
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+atexit.register(_keep_inherited)

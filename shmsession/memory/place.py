@@ -28,6 +28,8 @@ def default_directory() -> Path:
 
 def _check(path: Path, info: os.stat_result, *, directory: bool) -> None:
     kind = "directory" if directory else "file"
+    if stat.S_ISLNK(info.st_mode):
+        raise UnsafeStore(f"{path} is a symbolic link: {_HINT}")
     if not (stat.S_ISDIR if directory else stat.S_ISREG)(info.st_mode):
         raise UnsafeStore(f"{path} is not a {kind}: {_HINT}")
     if info.st_uid != os.geteuid():
@@ -52,8 +54,11 @@ def open_directory(path: Path) -> int:
         raise UnsafeStore(f"{path} cannot be made: {error.strerror}. Set SHMSESSION_DIR to a writable place") from error
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise UnsafeStore(f"{path} is not a directory, or a symbolic link ({error.strerror}): {_HINT}") from error
+        _check(path, path.lstat(), directory=True)
+        raise UnsafeStore(f"{path} cannot be opened ({error.strerror}): {_HINT}") from error
     try:
         _check(path, os.fstat(descriptor), directory=True)
     except UnsafeStore:
@@ -70,7 +75,8 @@ def open_file(path: Path, directory: int, *, create: bool = False) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UnsafeStore(f"{path} is no plain file of this user ({error.strerror}): {_HINT}") from error
+        _check(path, os.stat(path.name, dir_fd=directory, follow_symlinks=False), directory=False)
+        raise UnsafeStore(f"{path} cannot be opened ({error.strerror}): {_HINT}") from error
     try:
         _check(path, os.fstat(descriptor), directory=False)
     except UnsafeStore:
@@ -118,14 +124,19 @@ def size_for(directory: int, wanted: int | None) -> int:
     return size
 
 
+def give(descriptor: int, size: int) -> None:
+    """Make a file `size` bytes long, all of them backed: a mapped byte that is not is a SIGBUS on a full disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # pragma: no cover  # macOS
+        os.ftruncate(descriptor, size)
+
+
 def allocate(path: Path, directory: int, size: int) -> None:
     """Give the file all its bytes now, so that a full file system is an error at the start and never a SIGBUS later."""
     descriptor = open_file(path, directory)
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:  # pragma: no cover  # macOS
-            os.ftruncate(descriptor, size)
+        give(descriptor, size)
     except OSError as error:
         raise StoreFull(
             f"no room for a memory store of {size >> 20} MiB in {path.parent} ({error.strerror}): "

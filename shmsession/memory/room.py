@@ -3,7 +3,7 @@
 from typing import Final
 
 from shmsession.errors import StoreFull
-from shmsession.record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack_header
+from shmsession.record import AUTHENTICATED, HEADER_BYTES, STORABLE, TOMBSTONE, Header, unpack_header
 
 from .environment import Usage
 from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, unindex
@@ -56,8 +56,8 @@ def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, 
         if not found or len(victims) >= count or cursor.key()[0] != kind:
             break
         handle = handle_in(bytes(cursor.key()))
-        raw = txn.get(handle, db=tables.records)
-        if raw is not None:
+        raw = txn.get(handle, db=tables.records) if handle else None
+        if raw is not None and len(raw) >= HEADER_BYTES:
             header = unpack_header(bytes(raw))
             if _may_go(header, boot, recoverable=recoverable):
                 victims.append((handle, header))

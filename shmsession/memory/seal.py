@@ -2,12 +2,17 @@
 
 import struct
 from hmac import compare_digest
+from typing import Final
 
 from shmsession.errors import Unreadable
 from shmsession.keyring import MAC_BYTES, Keyring
-from shmsession.record import FORMAT, HEADER_BYTES, Header, Record, pack_header, unpack_header
+from shmsession.record import FORMAT, HEADER_BYTES, Data, Header, Record, pack_header, unpack_header
 
 _SHORTEST = HEADER_BYTES + MAC_BYTES
+
+VERIFIED_RECORDS: Final = 1024
+VERIFIED_BYTES: Final = 4096
+"""So many records, none larger, are remembered as verified: bytes that equal verified ones need no second look."""
 
 
 class RecordSeal:
@@ -17,17 +22,21 @@ class RecordSeal:
         self._keyring = keyring
         self._mac = keyring.mac
         self.key_id = keyring.newest_id
+        self._verified: dict[bytes, Record] = {}
 
-    def close(self, handle: bytes, header: Header, data: bytes) -> Record:
-        """The record to store. `header.key_id` must be the newest Key's."""
+    def close(self, handle: bytes, header: Header, data: bytes, values: Data | None = None) -> Record:
+        """The record to store. `header.key_id` must be the newest Key's; `values` what `data` splits into, if known."""
         body = pack_header(header) + data
-        return Record(body + self._mac(header.key_id, handle + body), header, data)
+        return self._remember(handle, Record(body + self._mac(header.key_id, handle + body), header, data, values))
 
     def open(self, handle: bytes, raw: bytes) -> Record | None:
         """The record in stored bytes; None when they are corrupt.
 
         Raises Unreadable for an unknown Key or a newer format: another generation of this program wrote it.
         """
+        known = self._verified.get(handle)
+        if known is not None and known.raw == raw:
+            return known
         try:
             header = unpack_header(raw)
         except struct.error:
@@ -41,4 +50,11 @@ class RecordSeal:
             )
         if not compare_digest(self._mac(header.key_id, handle + raw[:-MAC_BYTES]), raw[-MAC_BYTES:]):
             return None
-        return Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES])
+        return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES]))
+
+    def _remember(self, handle: bytes, record: Record) -> Record:
+        if len(record.raw) <= VERIFIED_BYTES:
+            if len(self._verified) >= VERIFIED_RECORDS:
+                self._verified.clear()
+            self._verified[handle] = record
+        return record

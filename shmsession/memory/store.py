@@ -15,6 +15,7 @@ from shmsession.ids import tag_of
 from shmsession.keyring import Keyring
 from shmsession.record import (
     AUTHENTICATED,
+    HEADER_BYTES,
     NO_TAG,
     RENEWED,
     STORABLE,
@@ -37,10 +38,13 @@ from .place import default_directory
 from .seal import RecordSeal
 from .tables import (
     ANONYMOUS_CLASS,
+    EXPIRY_ROW_BYTES,
     LOGGED_IN_CLASS,
     TOMBSTONE_CLASS,
     Tables,
     Txn,
+    clock_in,
+    clock_row,
     expiry_bound,
     expiry_key,
     handle_in,
@@ -190,7 +194,8 @@ class MemoryStore:
                     newer = not isinstance(found, Missing) and _order(found.header) < _order(header)
                     if not newer or isinstance(found, Missing) or found.header.dirty_seq:
                         return found
-                unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
+                if len(raw) >= HEADER_BYTES:
+                    unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
                 txn.delete(handle, db=tables.records)
             self._admit(txn, tables, room.limit_for(kept), len(record.raw))
             txn.put(handle, record.raw, db=tables.records)
@@ -259,13 +264,7 @@ class MemoryStore:
         boot = self._clock.boot()
 
         def work(txn: Txn, tables: Tables) -> int:
-            if self._clock_stepped(txn, tables, now, boot):
-                return 0
-            gone = 0
-            for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
-                rows = _due(txn, tables, kind, now, limit - gone)
-                gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
-            return gone
+            return self._sweep(txn, tables, now, boot, limit)
 
         if not self.environment.read(lambda txn, tables: _any_due(txn, tables, now)):
             return 0
@@ -327,12 +326,7 @@ class MemoryStore:
             return False
 
         def work(txn: Txn, tables: Tables) -> int:
-            rows = (
-                []
-                if self._clock_stepped(txn, tables, now, boot)
-                else _due(txn, tables, ANONYMOUS_CLASS, now, EVICTION_BATCH)
-            )
-            swept = sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+            swept = self._sweep(txn, tables, now, boot, EVICTION_BATCH)
             return swept or -room.evict(txn, tables, boot, EVICTION_BATCH, backend=self._backend)
 
         try:
@@ -356,14 +350,15 @@ class MemoryStore:
         tag = NO_TAG if user is None else tag_of(user)
         epoch, key_id = self.environment.epoch, self._seal.key_id
         header = first_header(now, self._clock.boot(), changes, self._lifetimes, epoch, key_id, tag)
-        return self._seal.close(handle, header, self._joined(data))
+        return self._seal.close(handle, header, self._joined(data), data)
 
     def _next(self, handle: bytes, base: Record, changes: Changes, now: int, boot: int) -> Record:
         epoch, key_id = self.environment.epoch, self._seal.key_id
         header = next_header(base.header, now, boot, changes, self._lifetimes, epoch, key_id)
         if changes.set or changes.deleted or changes.cleared:
-            return self._seal.close(handle, header, self._joined(changes.merged(base.split())))
-        return self._seal.close(handle, header, base.data)
+            values = changes.merged(base.split())
+            return self._seal.close(handle, header, self._joined(values), values)
+        return self._seal.close(handle, header, base.data, base.split())
 
     def _moved(
         self, new: bytes, found: Record, changes: Changes, now: int, boot: int, user: bytes | None, *, login: bool
@@ -386,7 +381,7 @@ class MemoryStore:
             horizon=max(header.horizon, min(header.idle_expiry, absolute)),
             user_tag=NO_TAG if user is None else tag_of(user),
         )
-        return self._seal.close(new, header, self._joined(data))
+        return self._seal.close(new, header, self._joined(data), data)
 
     def _joined(self, data: Data) -> bytes:
         joined = join(data) if data else b""
@@ -434,8 +429,21 @@ class MemoryStore:
         txn.put(handle, record.raw, db=tables.records)
         index(txn, tables, handle, record.header)
 
+    def _sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> int:
+        """Deal with up to `limit` due rows, unless a clock stepped; returns how many records went with them."""
+        if self._clock_stepped(txn, tables, now, boot):
+            return 0
+        gone = 0
+        for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
+            rows = _due(txn, tables, kind, now, limit - gone)
+            gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+        return gone
+
     def _sweep_row(self, txn: Txn, tables: Tables, row: bytes, now: int, boot: int) -> int:
         """Deal with one due row of the expiry table; 1 when a record went with it."""
+        if len(row) != EXPIRY_ROW_BYTES:
+            txn.delete(row, db=tables.expiry)
+            return 0
         handle = handle_in(row)
         raw = txn.get(handle, db=tables.records)
         header = None if raw is None else self._judge_header(handle, raw)  # type: ignore[arg-type]
@@ -454,15 +462,11 @@ class MemoryStore:
 
     def _clock_stepped(self, txn: Txn, tables: Tables, now: int, boot: int) -> bool:
         """Whether wall clock and boot clock have disagreed within the pause: one of them stepped."""
-        offset = now - boot + 2**62
-        known = txn.get(b"clock", db=tables.meta)
-        if known is None:
-            txn.put(b"clock", sequence_key(offset) + sequence_key(0), db=tables.meta)
-            return False
-        before, until = number(known[:8]), number(known[8:])  # type: ignore[arg-type]
+        offset = now - boot
+        before, until = clock_in(txn.get(b"clock", db=tables.meta)) or (offset, 0)  # type: ignore[arg-type]
         if abs(before - offset) > STEP_TOLERANCE_MS:
             until = boot + STEP_PAUSE_MS
-            txn.put(b"clock", sequence_key(offset) + sequence_key(until), db=tables.meta)
+            txn.put(b"clock", clock_row(offset, until), db=tables.meta)
         return boot < until <= boot + STEP_PAUSE_MS
 
     def _judge(self, handle: bytes, raw: bytes) -> Header | None:

@@ -12,7 +12,9 @@ LOGGED_IN_CLASS: Final = 1
 TOMBSTONE_CLASS: Final = 2
 
 _EXPIRY = struct.Struct(">BQ20s")
+EXPIRY_ROW_BYTES: Final = _EXPIRY.size
 _SEQUENCE = struct.Struct(">Q")
+_CLOCK = struct.Struct(">qQ")
 
 Txn = lmdb.Transaction
 
@@ -63,7 +65,17 @@ def sequence_key(sequence: int) -> bytes:
 
 def number(stored: bytes | None) -> int:
     """What `sequence_key` was given; 0 for nothing."""
-    return 0 if stored is None else int(_SEQUENCE.unpack(stored)[0])
+    return 0 if stored is None else int.from_bytes(stored[:8], "big")
+
+
+def clock_row(offset: int, until: int) -> bytes:
+    """What is kept of the clocks: wall clock minus boot clock, and the boot time until which sweepers pause."""
+    return _CLOCK.pack(offset, until)
+
+
+def clock_in(row: bytes | None) -> tuple[int, int] | None:
+    """What `clock_row` was given; None for nothing, or for something else."""
+    return _CLOCK.unpack(row) if row is not None and len(row) == _CLOCK.size else None
 
 
 def index(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
@@ -80,5 +92,5 @@ def unindex(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
     txn.delete(expiry_key(header, handle), db=tables.expiry)
     if header.user_tag != NO_TAG:
         txn.delete(header.user_tag + handle, db=tables.users)
-    if header.dirty_seq:
+    if header.dirty_seq and txn.get(sequence_key(header.dirty_seq), db=tables.outbox) == handle:
         txn.delete(sequence_key(header.dirty_seq), db=tables.outbox)
