@@ -1,7 +1,7 @@
 """Sessions for ASGI applications: Starlette, FastAPI, Litestar, Quart, Django's ASGI handler, or none of them."""
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -38,16 +38,14 @@ class SessionMiddleware:
         """Serve one connection (ASGI 3)."""
         kind = scope["type"]
         if kind == "lifespan":
-            await self._lifespan(scope, receive, send)
-        elif kind not in ("http", "websocket") or (self._skip is not None and self._skip(scope["path"])):
-            await self.app(scope, receive, send)
-        else:
-            readonly = self._readonly is not None and self._readonly(scope["path"])
-            session = Session(self.store, partial(_cookie_header, scope), readonly=readonly)
-            scope["session"] = scope[ENVIRON_KEY] = session
-            await (self._http if kind == "http" else self._websocket)(session, scope, receive, send)
-
-    async def _http(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
+            return await self._lifespan(scope, receive, send)
+        if kind not in ("http", "websocket") or (self._skip is not None and self._skip(scope["path"])):
+            return await self.app(scope, receive, send)
+        readonly = self._readonly is not None and self._readonly(scope["path"])
+        session = Session(self.store, partial(_cookie_header, scope["headers"]), readonly=readonly)
+        scope["session"] = scope[ENVIRON_KEY] = session
+        if kind == "websocket":
+            return await self._websocket(session, scope, receive, send)
         store = self.store
 
         async def send_after_commit(message: Message) -> None:
@@ -115,10 +113,13 @@ class SessionMiddleware:
         self.store.close()
 
 
-def _cookie_header(scope: Scope) -> bytes:
+def _cookie_header(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The Cookie header; HTTP/2 may split it into several (RFC 9113)."""
-    found = [value for name, value in scope["headers"] if name == b"cookie"]
-    return found[0] if len(found) == 1 else b"; ".join(found)
+    found = b""
+    for name, value in headers:
+        if name == b"cookie":
+            found = found + b"; " + value if found else value
+    return found
 
 
 def _with_headers(message: Message, outcome: Outcome) -> Message:

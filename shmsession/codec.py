@@ -8,6 +8,7 @@ import datetime as dt
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
@@ -176,7 +177,7 @@ _encoders: dict[type, tuple[int, Callable[[Any], bytes]]] = {
     dt.date: (_DATE, lambda value: value.isoformat().encode()),
     dt.time: (_TIME, lambda value: _pack(_time(value))),
     dt.timedelta: (_TIMEDELTA, lambda value: _pack(_span(value))),
-    Decimal: (_DECIMAL, lambda value: str(value).encode()),
+    Decimal: (_DECIMAL, lambda value: str(value).replace("e", "E").encode()),
     UUID: (_UUID, lambda value: value.bytes),
 }
 
@@ -195,12 +196,13 @@ def _to_extension(value: object) -> ExtType:
     return ExtType(_REGISTERED, _pack([registered.name, stored]))
 
 
-def _unpack(payload: bytes) -> Any:
-    return msgpack.unpackb(payload, raw=False, strict_map_key=False, ext_hook=_from_extension)
+def _unpack(payload: bytes, depth: int) -> Any:
+    hook = partial(_from_extension, depth=depth + 1)
+    return msgpack.unpackb(payload, raw=False, strict_map_key=False, ext_hook=hook)
 
 
-def _from_registered(payload: bytes) -> Any:
-    name, stored = _unpack(payload)
+def _from_registered(payload: bytes, depth: int) -> Any:
+    name, stored = _unpack(payload, depth)
     if name not in _by_name:
         raise UndecodableValue(f"no type is registered as {name!r} in this process: call register_type before reading")
     try:
@@ -209,37 +211,39 @@ def _from_registered(payload: bytes) -> Any:
         raise UndecodableValue(f"what {name!r} was registered with cannot decode it: {type(error).__name__}") from error
 
 
-def _from_datetime(payload: bytes) -> dt.datetime:
-    year, month, day, *clock, zone, fold = _unpack(payload)
-    hour, minute, second, microsecond = clock
-    return dt.datetime(year, month, day, hour, minute, second, microsecond, _unzone(zone), fold=fold)
+def _from_datetime(payload: bytes, depth: int) -> dt.datetime:
+    *fields, zone, fold = _unpack(payload, depth)
+    return dt.datetime(*fields, _unzone(zone), fold=fold)
 
 
-def _from_time(payload: bytes) -> dt.time:
-    hour, minute, second, microsecond, zone, fold = _unpack(payload)
-    return dt.time(hour, minute, second, microsecond, _unzone(zone), fold=fold)
+def _from_time(payload: bytes, depth: int) -> dt.time:
+    *fields, zone, fold = _unpack(payload, depth)
+    return dt.time(*fields, _unzone(zone), fold=fold)
 
 
-_decoders: dict[int, Callable[[bytes], Any]] = {
-    _BIG_INT: lambda payload: int.from_bytes(payload, "big", signed=True),
-    _TUPLE: lambda payload: tuple(_unpack(payload)),
-    _SET: lambda payload: set(_unpack(payload)),
-    _FROZENSET: lambda payload: frozenset(_unpack(payload)),
+_decoders: dict[int, Callable[[bytes, int], Any]] = {
+    _BIG_INT: lambda payload, _: int.from_bytes(payload, "big", signed=True),
+    _TUPLE: lambda payload, depth: tuple(_unpack(payload, depth)),
+    _SET: lambda payload, depth: set(_unpack(payload, depth)),
+    _FROZENSET: lambda payload, depth: frozenset(_unpack(payload, depth)),
     _DATETIME: _from_datetime,
-    _DATE: lambda payload: dt.date.fromisoformat(payload.decode()),
+    _DATE: lambda payload, _: dt.date.fromisoformat(payload.decode()),
     _TIME: _from_time,
-    _TIMEDELTA: lambda payload: dt.timedelta(*_unpack(payload)),
-    _DECIMAL: lambda payload: Decimal(payload.decode()),
-    _UUID: lambda payload: UUID(bytes=payload),
+    _TIMEDELTA: lambda payload, depth: dt.timedelta(*_unpack(payload, depth)),
+    _DECIMAL: lambda payload, _: Decimal(payload.decode()),
+    _UUID: lambda payload, _: UUID(bytes=payload),
     _REGISTERED: _from_registered,
 }
 
 
-def _from_extension(code: int, payload: bytes) -> Any:
+def _from_extension(code: int, payload: bytes, depth: int = 1) -> Any:
+    """One extension value. Each level takes some 50 KB of the C stack, so bytes must not choose how many there are."""
     decoder = _decoders.get(code)
     if decoder is None:
         raise UndecodableValue(f"extension type {code} is unknown here: written by a newer version")
-    return decoder(payload)
+    if depth > MAX_DEPTH + 1:
+        raise UndecodableValue(f"stored bytes that are nested deeper than {MAX_DEPTH} levels")
+    return decoder(payload, depth)
 
 
 # ── limits before decoding ─────────────────────────────────────────────────────────────────────────────────────

@@ -131,8 +131,12 @@ def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHead
 
     With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
     """
-    if set_cookie is None and not any(len(name) == 4 and name.lower() == b"vary" for name, _ in headers):
-        return [*headers, (b"vary", b"Cookie")]
+    if set_cookie is None:
+        for name, _ in headers:
+            if len(name) == 4 and name.lower() == b"vary":
+                break
+        else:
+            return [*headers, (b"vary", b"Cookie")]
     result, vary = [], b"Cookie"
     for name, value in headers:
         lowered = name.lower()

@@ -4,8 +4,9 @@ Everything here is pure: bytes and numbers in, bytes and numbers out. Times are 
 """
 
 import struct
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import msgpack
@@ -25,6 +26,9 @@ NO_TAG: Final = bytes(8)
 DataKey = str | int
 Data = dict[DataKey, bytes]
 """Already encoded values by key. The application's keys are str; int keys are the library's own (0: the user id)."""
+
+_pack: Callable[[Data], bytes] = msgpack.Packer(use_bin_type=True).pack
+"""One packer for all threads: packing str, int and bytes runs no Python code, so the GIL is held throughout."""
 
 _LAYOUT = struct.Struct(">BB4sQQQQQQQQQ8s")
 HEADER_BYTES: Final = _LAYOUT.size
@@ -97,14 +101,13 @@ class Lifetimes:
         return NEVER if self.absolute is None else now + self.absolute
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """What a request did to a session, as bytes: merged into the record as it is when the commit happens.
 
     `expect` holds keys whose stored bytes must still be these (None: absent), or nothing is written.
     """
 
-    set: Mapping[DataKey, bytes] = field(default_factory=dict)
+    set: Mapping[DataKey, bytes] = MappingProxyType({})
     deleted: Collection[DataKey] = ()
     cleared: bool = False
     touch: bool = False
@@ -130,7 +133,10 @@ class Changes:
         if self.touch or self.deleted or self.cleared or self.storable is not None or self.longterm is not None:
             return False
         data = record.split()
-        return all(data.get(key) == value for key, value in self.set.items())
+        for key, value in self.set.items():  # noqa: SIM110  # half the time of all()
+            if data.get(key) != value:
+                return False
+        return True
 
     def fits(self, data: Data) -> bool:
         """Whether every expected value is still what it was."""
@@ -149,7 +155,7 @@ def unpack_header(raw: bytes) -> Header:
 
 def join(data: Data) -> bytes:
     """A MessagePack map of key to encoded value."""
-    return msgpack.packb(data, use_bin_type=True)  # type: ignore[no-any-return]
+    return _pack(data)
 
 
 def split(data: bytes) -> Data:

@@ -16,10 +16,6 @@ APPLY_ATTEMPTS: Final = 100
 ENVIRON_KEY: Final = "shmsession.session"
 _KEEP: Final = object()
 _TOUCHED: Final = Changes(touch=True)
-_PENDING: Final = (
-    "_assigned", "_cleared", "_create", "_deleted", "_edited", "_longterm", "_mutable", "_renew", "_size", "_storable",
-    "_touch", "_user",
-)  # fmt: skip
 _MAP_HEADER: Final = 4
 """The header of the record's map grows by so much at most."""
 
@@ -63,6 +59,24 @@ class Port(Protocol):
         ...
 
 
+class _Edits:
+    """What a request did to its session and has not committed."""
+
+    cleared = create = renew = touch = False
+    storable: bool | None = None
+    longterm: bool | None = None
+    user: Any = _KEEP
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.assigned: set[str] = set()
+        self.deleted: set[str] = set()
+
+
+_UNEDITED: Final = _Edits(0)
+"""Stands for nothing done, in every session that nobody has edited. It is never changed."""
+
+
 class Session(MutableMapping[str, Any]):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
 
@@ -76,15 +90,7 @@ class Session(MutableMapping[str, Any]):
     record: Record | None = None
     secret: bytes | None = None
     raw_handle: bytes | None = None
-    _presented = _stale_cookie = _edited = False
-    _cleared = _create = _renew = _touch = False
-    _storable: bool | None = None
-    _longterm: bool | None = None
-    _user: Any = _KEEP
-    _size = 0
-    _mutable: dict[str, bytes | None] = {}  # noqa: RUF012  # empty for all until `_track` gives a session its own
-    _assigned: set[str] = set()  # noqa: RUF012  # these two until `_edit` does
-    _deleted: set[str] = set()  # noqa: RUF012
+    _presented = _stale_cookie = _settled = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
         self._port = port
@@ -130,27 +136,18 @@ class Session(MutableMapping[str, Any]):
         self._data: Data = {} if record is None else record.split()
         self._base = self._data
         self._seen: dict[str, Any] = {}
-        if self._edited or self._mutable:
-            for name in _PENDING:
-                self.__dict__.pop(name, None)
+        self._mutable: dict[str, bytes | None] = {}
+        self._edits = _UNEDITED
 
     def _edit(self) -> None:
         """The application changes something."""
         self._look()
         if self.readonly:
             raise ReadOnlySession("this session was opened read-only: see readonly= of the SessionMiddleware")
-        if not self._edited:
-            self._edited = True
+        self._settled = False
+        if self._edits is _UNEDITED:
+            self._edits = _Edits(1 if self.record is None else len(self.record.data))
             self._data = dict(self._base)
-            self._size = 1 if self.record is None else len(self.record.data)
-            self._assigned, self._deleted = set(), set()
-            self._mutable = dict(self._mutable)
-
-    def _track(self, key: str, raw: bytes | None) -> None:
-        """A value that can change in place: at the commit its bytes are compared with `raw`."""
-        if not self._mutable:
-            self._mutable = {}
-        self._mutable[key] = raw
 
     # ── mapping ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,7 +161,7 @@ class Session(MutableMapping[str, Any]):
         raw = self._data[key]
         value = self._seen[key] = decode(raw)
         if type(value) not in IMMUTABLE:
-            self._track(key, raw)
+            self._mutable[key] = raw
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -175,32 +172,32 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         old = self._data.get(key)
         grows_by = _framed(raw) + (name_size if old is None else -_framed(old))
-        size = self._size + grows_by
+        size = self._edits.size + grows_by
         if size + _MAP_HEADER > self._port.max_size and grows_by > 0:
             raise SessionTooLarge(
                 f"session[{key!r}] would make the session {size} bytes, max_size is {self._port.max_size}: "
                 "store less in it, or raise SessionConfig(max_size=)"
             )
-        self._size = size
+        self._edits.size = size
         self._data[key] = raw
         self._seen[key] = value
-        self._assigned.add(key)
-        self._deleted.discard(key)
+        self._edits.assigned.add(key)
+        self._edits.deleted.discard(key)
         if type(value) not in IMMUTABLE:
-            self._track(key, None)
+            self._mutable[key] = None
 
     def __delitem__(self, key: str) -> None:
         self._edit()
         if type(key) is not str:
             raise KeyError(key)
-        self._size -= _framed(self._data.pop(key)) + _name_size(key)
+        self._edits.size -= _framed(self._data.pop(key)) + _name_size(key)
         self._forget(key)
-        self._deleted.add(key)
+        self._edits.deleted.add(key)
 
     def _forget(self, key: str) -> None:
         self._seen.pop(key, None)
         self._mutable.pop(key, None)
-        self._assigned.discard(key)
+        self._edits.assigned.discard(key)
 
     def __iter__(self) -> Iterator[str]:
         self._look()
@@ -219,9 +216,9 @@ class Session(MutableMapping[str, Any]):
         one that stores something gets a new id if somebody was logged in."""
         self._edit()
         if self.user_id is not None:
-            self._user, self._renew = None, True
-        self._data, self._size, self._cleared = {}, 1, True
-        for state in (self._seen, self._mutable, self._assigned, self._deleted):
+            self._edits.user, self._edits.renew = None, True
+        self._data, self._edits.size, self._edits.cleared = {}, 1, True
+        for state in (self._seen, self._mutable, self._edits.assigned, self._edits.deleted):
             state.clear()
 
     def popitem(self) -> tuple[str, Any]:
@@ -274,8 +271,8 @@ class Session(MutableMapping[str, Any]):
     def user_id(self) -> Any:
         """Whom `renew(user_id=…)` logged in; None for nobody."""
         self._look()
-        if self._user is not _KEEP:
-            return self._user
+        if self._edits.user is not _KEEP:
+            return self._edits.user
         raw = self._data.get(USER_KEY)
         return None if raw is None else decode(raw)
 
@@ -318,14 +315,14 @@ class Session(MutableMapping[str, Any]):
         """Whether a backend may have it (`set_store`)."""
         self._look()
         stored = self.record is None or bool(self.record.header.flags & STORABLE)
-        return stored if self._storable is None else self._storable
+        return stored if self._edits.storable is None else self._edits.storable
 
     @property
     def longterm(self) -> bool:
         """Whether it lives for `max_lifespan` instead of `lifespan` (`set_longterm`)."""
         self._look()
         stored = self.record is not None and bool(self.record.header.flags & LONGTERM)
-        return stored if self._longterm is None else self._longterm
+        return stored if self._edits.longterm is None else self._edits.longterm
 
     # ── verbs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -353,7 +350,7 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if self.gone:
             raise SessionGone("the session was renewed or destroyed by another request")
-        if self.record is None or self._cleared or self._is_pending(key):
+        if self.record is None or self._edits.cleared or self._is_pending(key):
             result = fn(self.get(key, default))
             self[key] = result
             return result
@@ -372,7 +369,7 @@ class Session(MutableMapping[str, Any]):
                 self._forget(key)
                 self._seen[key] = result
                 if type(result) not in IMMUTABLE:
-                    self._track(key, raw)
+                    self._mutable[key] = raw
                 return result
         raise ContentionError(f"session[{key!r}] changed under each of {APPLY_ATTEMPTS} attempts: try again later")
 
@@ -389,13 +386,13 @@ class Session(MutableMapping[str, Any]):
         return done
 
     def _rebase(self, record: Record) -> None:
-        pending: Data = {key: self._data[key] for key in self._assigned}
+        pending: Data = {key: self._data[key] for key in self._edits.assigned}
         read: Data = {key: self._data[key] for key in self._seen if key in self._data}
         self.record, self._base = record, record.split()
-        self._data = {key: raw for key, raw in self._base.items() if key not in self._deleted} | read | pending
+        self._data = {key: raw for key, raw in self._base.items() if key not in self._edits.deleted} | read | pending
 
     def _is_pending(self, key: str) -> bool:
-        if key in self._assigned or key in self._deleted:
+        if key in self._edits.assigned or key in self._edits.deleted:
             return True
         seen = self._mutable.get(key)
         return seen is not None and encode(self._seen[key], key) != seen
@@ -409,8 +406,8 @@ class Session(MutableMapping[str, Any]):
         self._edit()
         if user_id is not _KEEP:
             encode(user_id, "user_id")
-            self._user = user_id
-        self._renew = True
+            self._edits.user = user_id
+        self._edits.renew = True
 
     def destroy(self) -> None:
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
@@ -428,22 +425,22 @@ class Session(MutableMapping[str, Any]):
     def create(self) -> None:
         """Store the session when this request commits, even if it is empty."""
         self._edit()
-        self._create = self.record is None
+        self._edits.create = self.record is None
 
     def touch(self) -> None:
         """Move the session's end when this request commits, whatever `touch_interval` says."""
         self._edit()
-        self._touch = True
+        self._edits.touch = True
 
     def set_longterm(self, longterm: bool) -> None:
         """Let it live for `max_lifespan` (True: "remember me") or `lifespan` (False) after it was last seen."""
         self._edit()
-        self._longterm = bool(longterm)
+        self._edits.longterm = bool(longterm)
 
     def set_store(self, storable: bool) -> None:
         """Whether a backend may keep it (True) or it stays in memory only (False)."""
         self._edit()
-        self._storable = bool(storable)
+        self._edits.storable = bool(storable)
 
     def save(self) -> None:
         """Commit to memory now, for websockets, streams and jobs.
@@ -458,51 +455,51 @@ class Session(MutableMapping[str, Any]):
 
     def pending(self, *, touch: bool = False) -> Changes | None:
         """What a commit has to write; None for nothing. Raises UnsupportedValue for nested edits that cannot be."""
-        if not self._edited and not self._mutable:
+        if self._edits is _UNEDITED and not self._mutable:
             return _TOUCHED if touch else None
         changed: dict[DataKey, bytes] = {}
         for key, seen in self._mutable.items():
             raw = encode(self._seen[key], key)
             if raw != seen:
                 changed[key] = raw
-        for key in self._assigned:
+        for key in self._edits.assigned:
             if key not in changed:
                 changed[key] = self._data[key]
-        flags = self._storable is not None or self._longterm is not None
+        flags = self._edits.storable is not None or self._edits.longterm is not None
         if not (
-            changed or self._deleted or self._cleared or self._renew or self._create or self._touch or flags or touch
+            changed or self._edits.deleted or self._edits.cleared or self._edits.renew or self._edits.create or self._edits.touch or flags or touch
         ):
             return None
         return Changes(
-            changed, tuple(self._deleted), self._cleared, touch or self._touch, self._storable, self._longterm
+            changed, tuple(self._edits.deleted), self._edits.cleared, touch or self._edits.touch, self._edits.storable, self._edits.longterm
         )
 
     @property
     def is_emptied(self) -> bool:
         """Whether `clear()` was called and nothing was stored since."""
-        return self._cleared and not self.logs_in and not len(self)
+        return self._edits.cleared and not self.logs_in and not len(self)
 
     @property
     def wants_renewal(self) -> bool:
         """Whether `renew()` was called."""
-        return self._renew
+        return self._edits.renew
 
     @property
     def wants_creation(self) -> bool:
         """Whether `create()` was called on a session that is not stored."""
-        return self._create
+        return self._edits.create
 
     @property
     def logs_in(self) -> bool:
         """Whether `renew(user_id=…)` named a user."""
-        return self._user is not _KEEP and self._user is not None
+        return self._edits.user is not _KEEP and self._edits.user is not None
 
     @property
     def encoded_user(self) -> bytes | None:
         """The user id that a commit stores, encoded."""
-        if self._user is _KEEP:
+        if self._edits.user is _KEEP:
             return self._data.get(USER_KEY)
-        return None if self._user is None else encode(self._user, "user_id")
+        return None if self._edits.user is None else encode(self._edits.user, "user_id")
 
     def committed(self, session_id: bytes, handle: bytes, record: Record, changes: Changes) -> None:
         """Stand at what was just committed; what was read stays readable, and nested edits of it are still noticed."""
@@ -516,7 +513,16 @@ class Session(MutableMapping[str, Any]):
             if raw is not None and raw == changes.set.get(key, data.get(key)):
                 self._seen[key] = value
                 if type(value) not in IMMUTABLE:
-                    self._track(key, raw)
+                    self._mutable[key] = raw
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing can have changed since `settle`."""
+        return self._settled and not self._mutable
+
+    def settle(self) -> None:
+        """Everything so far has been committed or dropped."""
+        self._settled = True
 
     def discard(self) -> None:
         """Forget what was changed and not committed."""
@@ -524,11 +530,11 @@ class Session(MutableMapping[str, Any]):
 
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
-        assigned = {key: self._seen[key] for key in self._assigned}
-        user, storable, longterm = self._user, self._storable, self._longterm
+        assigned = {key: self._seen[key] for key in self._edits.assigned}
+        user, storable, longterm = self._edits.user, self._edits.storable, self._edits.longterm
         self.start(NOTHING)
         self.update(assigned)
-        self._user, self._storable, self._longterm = user, storable, longterm
+        self._edits.user, self._edits.storable, self._edits.longterm = user, storable, longterm
 
 
 @lru_cache(1024)

@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
 
 
 UNTOUCHED: Final = Outcome()
+LOOKED: Final = Outcome(vary=True)
 
 
 class Stats(NamedTuple):
@@ -193,13 +194,16 @@ class SessionStore:
         Returns what the response must carry. After the headers have left (`session.headers_sent`) it writes what came
         since. Raises StoreError, ResponseStarted, SessionTooLarge, UnsupportedValue.
         """
-        if not session.loaded:
+        if not session.loaded or (session.headers_sent and session.is_settled):
             return UNTOUCHED
         now = self.clock.now()
         if failed and not self.config.save_on_error:
             session.discard()
         else:
             self._commit(session, now)
+        session.settle()
+        if not (session.owes_cookie or session.drops_cookie):
+            return LOOKED if session.accessed else UNTOUCHED
         return Outcome(session.accessed, self._cookie(session, now))
 
     def _cookie(self, session: Session, now: int) -> str | None:
@@ -242,7 +246,7 @@ class SessionStore:
         secret = new_id()
         handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
-        record = self.memory.create(handle, replace(changes, set=stored), now)
+        record = self.memory.create(handle, changes._replace(set=stored), now)
         if record is None:  # pragma: no cover  # 256 random bits met twice
             raise StoreError("the operating system's random source repeats itself")
         session.committed(secret, handle, record, changes)

@@ -42,7 +42,7 @@ class SessionMiddleware:
         if self._skip is not None and self._skip(path):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
-        session = Session(self.store, partial(_cookie_header, environ), readonly=readonly)
+        session = Session(self.store, partial(_cookie_header, environ.get("HTTP_COOKIE", "")), readonly=readonly)
         environ[ENVIRON_KEY] = session
         response = _Response(self.store, session, start_response)
         try:
@@ -156,8 +156,7 @@ class _Response:
         return [_UNAVAILABLE]
 
 
-def _cookie_header(environ: Environ) -> bytes:
-    header: str = environ.get("HTTP_COOKIE", "")
+def _cookie_header(header: str) -> bytes:
     return header.encode("latin-1", "replace")
 
 

@@ -54,20 +54,37 @@ floats = st.one_of(
 )
 integers = st.one_of(
     st.integers(),
-    st.builds(lambda power, off, sign: sign * (2**power + off), st.integers(0, 300), st.integers(-2, 2), st.sampled_from((1, -1))),
-)  # fmt: skip
+    st.builds(
+        lambda power, off, sign: sign * (2**power + off),
+        st.integers(0, 300),
+        st.integers(-2, 2),
+        st.sampled_from((1, -1)),
+    ),
+)
 moments = st.builds(
     lambda moment, zone, fold: moment.replace(tzinfo=zone, fold=fold), st.datetimes(), zones, st.integers(0, 1)
 )
 times = st.builds(lambda time, zone, fold: time.replace(tzinfo=zone, fold=fold), st.times(), zones, st.integers(0, 1))
 quiet_decimals = st.one_of(
     st.decimals(allow_nan=False),
-    st.sampled_from([Decimal(text) for text in ("NaN", "-NaN7", "1E+999999", "1E-999999", "-0E-7", "0E+5", "-Infinity")]),
-)  # fmt: skip
+    st.sampled_from(
+        [Decimal(text) for text in ("NaN", "-NaN7", "1E+999999", "1E-999999", "-0E-7", "0E+5", "-Infinity")]
+    ),
+)
 hashable_scalars = st.one_of(
-    st.none(), st.booleans(), integers, floats, st.text(max_size=12), st.binary(max_size=12), moments, st.dates(),
-    times, st.timedeltas(), quiet_decimals, st.uuids(),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    integers,
+    floats,
+    st.text(max_size=12),
+    st.binary(max_size=12),
+    moments,
+    st.dates(),
+    times,
+    st.timedeltas(),
+    quiet_decimals,
+    st.uuids(),
+)
 scalars = st.one_of(hashable_scalars, st.sampled_from([Decimal("sNaN"), Decimal("-sNaN123")]))
 hashables: st.SearchStrategy[Any] = st.recursive(
     hashable_scalars,

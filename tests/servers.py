@@ -1,14 +1,11 @@
-"""The examples on real servers, and a small client for them.
-
-A test module takes the fixtures below with ``pytest_plugins = ["tests.servers"]``.
-"""
+"""The examples on real servers, and a small client for them."""
 
 import contextlib
 import ctypes
 import json
 import os
 import re
-import shutil
+import select
 import signal
 import socket
 import subprocess
@@ -20,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-import pytest
-
 import shmsession
 from shmsession import Key, SessionConfig, SessionStore
 
@@ -31,6 +26,9 @@ ROOT: Final = Path(__file__).absolute().parent.parent
 PACKAGE: Final = Path(shmsession.__file__).parent.parent
 PATIENCE: Final = 60.0
 """Seconds after which something that ought to happen counts as not happening; nothing ever takes that long."""
+
+KEEP_ALIVE: Final = 75
+"""Seconds for which servers hold an idle connection: no test is so slow that one is closed under it."""
 
 WORKERS: Final = 4
 _DIE_WITH_PARENT: Final = 1
@@ -95,6 +93,7 @@ class Answer(NamedTuple):
         return int(dict(self.headers)["x-worker-pid"])
 
 
+Desk = Callable[[str, str], "Answer"]
 Address = str | tuple[str, int]
 """A unix socket's path, or host and port."""
 
@@ -129,17 +128,26 @@ class Browser:
 
     def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Send it with the jar's cookies and keep what the answer sets. Raises Unanswered."""
+        answer = self.send(self._raw(method, path, headers), empty=method == "HEAD")
+        for cookie in answer.all("set-cookie"):
+            self._keep(cookie)
+        return answer
+
+    def begin(self, method: str, path: str) -> "Pending":
+        """Send a request with the jar's cookies over a connection of its own; its answer leaves the jar alone."""
+        connection = dial(self.address)
+        connection.sendall(self._raw(method, path, {"Connection": "close"}))
+        return Pending(connection)
+
+    def _raw(self, method: str, path: str, headers: Mapping[str, str] | None) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in (headers or {}).items())]
         if method == "POST":
             lines.append("Content-Length: 0")
         if self.cookies and "Cookie" not in (headers or {}):
             lines.append("Cookie: " + "; ".join(f"{name}={value}" for name, value in self.cookies.items()))
-        if not self._keep_alive:
+        if not self._keep_alive and "Connection" not in (headers or {}):
             lines.append("Connection: close")
-        answer = self.send("\r\n".join([*lines, "", ""]).encode("latin-1"), empty=method == "HEAD")
-        for cookie in answer.all("set-cookie"):
-            self._keep(cookie)
-        return answer
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def _keep(self, cookie: str) -> None:
         pair, *attributes = cookie.split("; ")
@@ -178,6 +186,22 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Pending:
+    """A request that was sent and whose answer nobody has read yet."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer has begun to arrive."""
+        return bool(select.select([self._connection], [], [], 0)[0])
+
+    def answer(self) -> Answer:
+        with self._connection as connection:
+            return _read_response(connection, empty=False)[0]
 
 
 def _read_response(connection: socket.socket, *, empty: bool) -> tuple[Answer, bool]:
@@ -291,13 +315,13 @@ class Server:
             where = ["--port", "0"] if self.tcp else ["--uds", str(self.address)]
             return [
                 sys.executable, "-m", "uvicorn", "--workers", str(self.workers), *where, "--no-access-log",
-                *self.flags, app,
+                "--timeout-keep-alive", str(KEEP_ALIVE), *self.flags, app,
             ]  # fmt: skip
         where = "127.0.0.1:0" if self.tcp else f"unix:{self.address}"
         return [
             sys.executable, "-m", "gunicorn", "-c", str(self.config or self.cwd / "gunicorn.conf.py"),
-            "-w", str(self.workers), "-b", where, *self.kind.flags, *(["--preload"] if self.preload else []),
-            *self.flags, app,
+            "-w", str(self.workers), "-b", where, "--keep-alive", str(KEEP_ALIVE), *self.kind.flags,
+            *(["--preload"] if self.preload else []), *self.flags, app,
         ]  # fmt: skip
 
     # Its life.
@@ -327,7 +351,9 @@ class Server:
 
     def _answers(self) -> bool:
         if self.tcp:
-            port = re.search(r"(?:Listening at|running on): ?http://127.0.0.1:(\d+)|on http://127.0.0.1:(\d+)", self.text)
+            port = re.search(
+                r"(?:Listening at|running on): ?http://127.0.0.1:(\d+)|on http://127.0.0.1:(\d+)", self.text
+            )
             if port is None:
                 return False
             self.address = ("127.0.0.1", int(port[1] or port[2]))
@@ -409,26 +435,38 @@ class Server:
         self._stores.append(store)
         return store
 
-    def one_each(self, cookies: Mapping[str, str] | None = None) -> dict[int, Browser]:
-        """For every worker a browser that talks to it alone; not on servers without keep-alive.
+    @contextlib.contextmanager
+    def desks(self, cookies: Mapping[str, str]) -> "Iterator[dict[int, Desk]]":
+        """For every worker a function (method, path) that has it, and nobody else, answer a request."""
+        with contextlib.ExitStack() as stack:
+            desks: dict[int, Desk] = {}
+            for pid in self.worker_pids():
+                browser = self.browser(cookies, keep_alive=self.kind.reusable)
+                stack.callback(browser.close)
+                with self.only(pid):
+                    assert browser.get("/ping").pid == pid
+                desks[pid] = browser.request if self.kind.reusable else self._through(pid, browser)
+            assert len(desks) == self.workers
+            yield desks
 
-        Which worker takes a connection is the kernel's choice, so those that have one are stopped while the next is
-        dialled: they are idle, and hold no lock.
-        """
-        found: dict[int, Browser] = {}
+    def _through(self, pid: int, browser: Browser) -> "Desk":
+        def ask(method: str, path: str) -> Answer:
+            with self.only(pid):
+                return browser.request(method, path)
+
+        return ask
+
+    @contextlib.contextmanager
+    def only(self, pid: int) -> "Iterator[None]":
+        """Which worker takes a connection is the kernel's choice: stop all others. They must be idle, holding no lock."""
+        others = [other for other in self.worker_pids() if other != pid]
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
         try:
-            while len(found) < self.workers:
-                browser = self.browser(cookies, keep_alive=True)
-                pid = browser.get("/ping").pid
-                if pid in found:
-                    browser.close()
-                    continue
-                found[pid] = browser
-                os.kill(pid, signal.SIGSTOP)
+            yield
         finally:
-            for pid in found:
-                os.kill(pid, signal.SIGCONT)
-        return found
+            for other in others:
+                os.kill(other, signal.SIGCONT)
 
 
 def _group_lives(group: int) -> bool:
@@ -466,42 +504,8 @@ def new_place() -> Path:
     return Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
 
 
-# ── fixtures ───────────────────────────────────────────────────────────────────────────────────────────────────
-
 Running = Callable[..., Server]
+"""The fixture `running(kind, preload=…)`: a server that all tests of a process share; none of them may hurt it."""
 
-
-@pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    """`running(kind, preload=…)`: a server that all tests of this process share; none of them may hurt it."""
-    servers: dict[tuple[Kind, bool], Server] = {}
-
-    def get(kind: Kind, *, preload: bool = False) -> Server:
-        if (kind, preload) not in servers:
-            server = Server(kind, new_place(), preload=preload)
-            try:
-                servers[kind, preload] = server.start()
-            except BaseException:
-                shutil.rmtree(server.place)
-                raise
-        return servers[kind, preload]
-
-    yield get
-    logs = []
-    for server in servers.values():
-        server.stop()
-        server.reap()
-        logs.append(server.text)
-        shutil.rmtree(server.place)
-    assert not any("Traceback" in log for log in logs), "\n".join(logs)
-
-
-@pytest.fixture
-def serve(place: Path) -> Iterator[Callable[..., Server]]:
-    """`serve(kind, …)`: a server of this test's own, started, stopped at its end."""
-    with contextlib.ExitStack() as stack:
-
-        def start(kind: Kind, **options: Any) -> Server:
-            return stack.enter_context(Server(kind, options.pop("place", place), **options))
-
-        yield start
+Serve = Callable[..., Server]
+"""The fixture `serve(kind, …)`: a server of the test's own, stopped at its end."""

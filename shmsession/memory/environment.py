@@ -145,6 +145,8 @@ class Environment:
 
     def read(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` on one snapshot. It must copy out what it needs and return at once."""
+        if self.is_inherited:
+            _refuse_inherited()
         return self._run(work, write=False)
 
     def write(self, work: Callable[[Txn, Tables], T]) -> T:
@@ -161,8 +163,6 @@ class Environment:
         for _ in range(ATTEMPTS):
             opened = self._opened or self.open()
             try:
-                if opened.pid != os.getpid():
-                    _refuse_inherited()
                 if monotonic() >= opened.next_look:
                     self._look(opened)
                 if opened.words[0] == opened.generation:

@@ -404,7 +404,8 @@ class MemoryStore:
             self._admit(txn, tables, room.UPDATE, growth)
         record = self._dirtied(txn, tables, handle, record)
         txn.put(handle, record.raw, db=tables.records)
-        if record.header.dirty_seq != stored.header.dirty_seq or record.header.expires != stored.header.expires:
+        new, old = record.header, stored.header
+        if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
             unindex(txn, tables, handle, stored.header)
             index(txn, tables, handle, record.header)
         return record
@@ -456,6 +457,8 @@ class MemoryStore:
         elif header.dirty_seq:
             self._bury(txn, tables, handle, header, now, boot, renewed=False)
             return 1
+        elif self._backend and room.is_recent(header, boot):
+            return 0
         unindex(txn, tables, handle, header)
         txn.delete(handle, db=tables.records)
         return 1
