@@ -10,10 +10,8 @@ author = "shmsession contributors"
 copyright = "2026, shmsession contributors"
 release = version = tomllib.loads(_pyproject.read_text(encoding="utf-8"))["project"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
-autodoc_member_order = "bysource"
-autodoc_typehints = "description"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 

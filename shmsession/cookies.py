@@ -31,7 +31,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 
 class Ticket(NamedTuple):
-    """A cookie that passed its seal. From `stale_after` milliseconds on it should be issued anew, for its Key or age."""
+    """A cookie that passed its seal. After `stale_after` milliseconds it is to be issued anew, for its Key or age."""
 
     session_id: bytes
     handle: bytes

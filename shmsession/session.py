@@ -457,22 +457,18 @@ class Session(MutableMapping[str, Any]):
         """What a commit has to write; None for nothing. Raises UnsupportedValue for nested edits that cannot be."""
         if self._edits is _UNEDITED and not self._mutable:
             return _TOUCHED if touch else None
+        edits = self._edits
         changed: dict[DataKey, bytes] = {}
         for key, seen in self._mutable.items():
             raw = encode(self._seen[key], key)
             if raw != seen:
                 changed[key] = raw
-        for key in self._edits.assigned:
+        for key in edits.assigned:
             if key not in changed:
                 changed[key] = self._data[key]
-        flags = self._edits.storable is not None or self._edits.longterm is not None
-        if not (
-            changed or self._edits.deleted or self._edits.cleared or self._edits.renew or self._edits.create or self._edits.touch or flags or touch
-        ):
-            return None
-        return Changes(
-            changed, tuple(self._edits.deleted), self._edits.cleared, touch or self._edits.touch, self._edits.storable, self._edits.longterm
-        )
+        touch = touch or edits.touch
+        changes = Changes(changed, tuple(edits.deleted), edits.cleared, touch, edits.storable, edits.longterm)
+        return changes if touch or edits.renew or edits.create or not changes.is_touch else None
 
     @property
     def is_emptied(self) -> bool:

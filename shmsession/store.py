@@ -166,7 +166,8 @@ class SessionStore:
     def _find(self, ticket: Ticket, now: int) -> Resolved:
         found = self.memory.load(ticket.handle, now)
         if isinstance(found, Missing):
-            return _RENEWED if found is Missing.RENEWED else _NO_SESSION
+            gone = found is Missing.RENEWED
+            return Resolved(None, ticket.handle if gone else None, gone=gone, presented=True)
         return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
@@ -325,7 +326,6 @@ class SessionStore:
 
 
 _NO_SESSION: Final = Resolved(presented=True)
-_RENEWED: Final = Resolved(gone=True, presented=True)
 _stores: "WeakSet[SessionStore]" = WeakSet()
 
 

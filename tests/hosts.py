@@ -1,4 +1,8 @@
-"""Fixtures that start servers. A test module takes them with ``pytest_plugins = ["tests.hosts"]``, and imports nothing of it."""
+"""Fixtures that start servers.
+
+A test module takes them with ``pytest_plugins = ["tests.hosts"]`` and imports nothing of it: pytest rewrites the asserts
+of a plugin, which therefore must not be imported before.
+"""
 
 import contextlib
 import shutil

@@ -310,19 +310,17 @@ class Server:
 
     @property
     def command(self) -> list[str]:
-        app = self.app or self.kind.app
+        """The command line."""
+        app, keep_alive = self.app or self.kind.app, str(KEEP_ALIVE)
         if not self.kind.gunicorn:
             where = ["--port", "0"] if self.tcp else ["--uds", str(self.address)]
-            return [
-                sys.executable, "-m", "uvicorn", "--workers", str(self.workers), *where, "--no-access-log",
-                "--timeout-keep-alive", str(KEEP_ALIVE), *self.flags, app,
-            ]  # fmt: skip
-        where = "127.0.0.1:0" if self.tcp else f"unix:{self.address}"
-        return [
-            sys.executable, "-m", "gunicorn", "-c", str(self.config or self.cwd / "gunicorn.conf.py"),
-            "-w", str(self.workers), "-b", where, "--keep-alive", str(KEEP_ALIVE), *self.kind.flags,
-            *(["--preload"] if self.preload else []), *self.flags, app,
-        ]  # fmt: skip
+            program = ["uvicorn", "--workers", str(self.workers), "--no-access-log", "--timeout-keep-alive", keep_alive]
+        else:
+            where = ["-b", "127.0.0.1:0" if self.tcp else f"unix:{self.address}"]
+            config = self.config or self.cwd / "gunicorn.conf.py"
+            program = ["gunicorn", "-c", str(config), "-w", str(self.workers), "--keep-alive", keep_alive]
+        preload = ["--preload"] if self.preload else []
+        return [sys.executable, "-m", *program, *where, *self.kind.flags, *preload, *self.flags, app]
 
     # Its life.
 
@@ -438,6 +436,7 @@ class Server:
     @contextlib.contextmanager
     def desks(self, cookies: Mapping[str, str]) -> "Iterator[dict[int, Desk]]":
         """For every worker a function (method, path) that has it, and nobody else, answer a request."""
+        self.wait_for_all()
         with contextlib.ExitStack() as stack:
             desks: dict[int, Desk] = {}
             for pid in self.worker_pids():
@@ -446,8 +445,19 @@ class Server:
                 with self.only(pid):
                     assert browser.get("/ping").pid == pid
                 desks[pid] = browser.request if self.kind.reusable else self._through(pid, browser)
-            assert len(desks) == self.workers
             yield desks
+
+    def wait_for_all(self) -> None:
+        """Return when every worker has answered. Those that have are stopped meanwhile, so that the others must."""
+        answered: set[int] = set()
+        try:
+            while len(answered) < self.workers:
+                pid = self.browser().get("/ping").pid
+                answered.add(pid)
+                os.kill(pid, signal.SIGSTOP)
+        finally:
+            for pid in answered:
+                os.kill(pid, signal.SIGCONT)
 
     def _through(self, pid: int, browser: Browser) -> "Desk":
         def ask(method: str, path: str) -> Answer:
@@ -458,7 +468,7 @@ class Server:
 
     @contextlib.contextmanager
     def only(self, pid: int) -> "Iterator[None]":
-        """Which worker takes a connection is the kernel's choice: stop all others. They must be idle, holding no lock."""
+        """Stop all other workers: which one takes a connection is the kernel's choice. They must be idle."""
         others = [other for other in self.worker_pids() if other != pid]
         for other in others:
             os.kill(other, signal.SIGSTOP)

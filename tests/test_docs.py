@@ -1,0 +1,494 @@
+"""The documentation does what it says: its code runs, its tables agree with the code."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Final
+
+import flask
+import pytest
+from gunicorn.config import Config
+from starlette.testclient import TestClient
+from uvicorn.main import main as uvicorn_command
+from werkzeug.test import Client
+
+import shmsession
+from shmsession import SessionConfig, SessionStore, asgi, codec, config, errors, hooks, testing
+from shmsession import store as store_module
+from shmsession.contrib import gunicorn as gunicorn_hooks
+from shmsession.memory import room
+from shmsession.testing import ManualClock, login_cookie, make_store
+from tests.documents import PAGES, README, ROOT, Block, all_blocks, blocks, code, marked, names, rows
+
+DOCS: Final = ROOT / "docs"
+PACKAGE: Final = Path(shmsession.__file__).parent
+
+# Public for the sake of the store and the middleware; no application has a use for them.
+SESSION_INTERNALS: Final = {
+    "begin_anew", "committed", "discard", "drops_cookie", "encoded_user", "gone", "headers_sent", "is_emptied", "loaded",
+    "logs_in", "owes_cookie", "pending", "record", "secret", "start", "wants_creation", "wants_renewal",
+}  # fmt: skip
+STORE_INTERNALS: Final = {
+    "clock", "commit", "hooks", "keyring", "kill", "max_size", "request_session", "resolve", "save", "swap",
+}  # fmt: skip
+SESSION_MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
+
+
+@pytest.fixture
+def environment(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to work in, from which modules are imported, with stores and Keys of its own."""
+    for variable in [name for name in __import__("os").environ if name.startswith("SHMSESSION_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("SHMSESSION_DIR", str(place / "sessions"))
+    monkeypatch.setenv("SHMSESSION_KEY_FILE", str(place / "key"))
+    monkeypatch.setenv("SHMSESSION_MAP_SIZE", "4MiB")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules, before = set(sys.modules), set(store_module.stores())
+    yield tmp_path
+    for store in set(store_module.stores()) - before:
+        store.close()
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+# ── the code in it runs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(block: Block, directory: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a block that is a whole file, as its reader would who develops over plain http."""
+    monkeypatch.setenv("SHMSESSION_SECURE", "0")
+    assert block.file is not None
+    (directory / block.file).write_text(block.text)
+    importlib.invalidate_caches()
+    return importlib.import_module(block.file.removesuffix(".py"))
+
+
+def asgi_texts(app: Any, *requests: str) -> list[str]:
+    with TestClient(app) as client:
+        return [client.request(*request.split()).text for request in requests]
+
+
+def wsgi_texts(app: Any, *requests: str) -> list[str]:
+    client = Client(app)
+    return [client.open(path, method=method).text for method, path in map(str.split, requests)]
+
+
+def visit(texts: Callable[..., list[str]]) -> Callable[[Any], None]:
+    """Two visitors, of whom one comes again."""
+
+    def drive(app: Any) -> None:
+        assert texts(app, "GET /", "GET /") == ["visits: 1", "visits: 2"]
+        assert texts(app, "GET /") == ["visits: 1"]
+
+    return drive
+
+
+def drive_hello(app: Any) -> None:
+    one, two = asgi_texts(app, "GET /hit", "GET /hit")
+    assert '"hits":1,' in one
+    assert '"hits":2,' in two
+
+
+def drive_login(app: Any) -> None:
+    requests = ["GET /whoami", "POST /login", "GET /whoami", "POST /logout", "GET /whoami"]
+    assert asgi_texts(app, *requests) == ["None", "welcome", "ada", "goodbye", "None"]
+
+
+def drive_websocket(app: Any) -> None:
+    with TestClient(app) as client:
+        for turn in ("1", "2"):
+            with client.websocket_connect("/ws") as connection:
+                connection.send_text("hello")
+                assert connection.receive_text() == turn
+
+
+APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
+    "hello.py": drive_hello,
+    "with_asgi.py": visit(asgi_texts),
+    "with_django.py": visit(wsgi_texts),
+    "with_fastapi.py": visit(asgi_texts),
+    "with_flask.py": visit(wsgi_texts),
+    "with_flask_handler.py": visit(wsgi_texts),
+    "with_login.py": drive_login,
+    "with_starlette.py": visit(asgi_texts),
+    "with_websocket.py": drive_websocket,
+    "with_wsgi.py": visit(wsgi_texts),
+}
+TESTED_BY_ITS_READER: Final = DOCS / "testing.md"
+
+
+def file_blocks() -> list[Block]:
+    return [block for block in all_blocks("python") if block.file and block.page != TESTED_BY_ITS_READER]
+
+
+def is_configuration(block: Block) -> bool:
+    return block.file == "gunicorn.conf.py"
+
+
+@pytest.mark.parametrize("block", [block for block in file_blocks() if not is_configuration(block)], ids=str)
+def test_every_application_in_the_documentation_keeps_a_session(
+    block: Block, environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert block.file is not None
+    drive = APPLICATIONS.get(block.file)
+    assert drive is not None, f"{block}: say in APPLICATIONS how to drive it"
+    drive(load(block, environment, monkeypatch).app)
+
+
+@pytest.mark.parametrize("block", [block for block in file_blocks() if is_configuration(block)], ids=str)
+def test_every_gunicorn_configuration_in_the_documentation_has_all_hooks(block: Block, environment: Path) -> None:
+    settings: dict[str, Any] = {}
+    exec(compile(block.text, str(block), "exec"), settings)
+    assert set(gunicorn_hooks.__all__) <= set(settings)
+    gunicorn = Config()
+    for name, value in settings.items():
+        if name in gunicorn.settings:
+            gunicorn.set(name, value)
+    logged: list[tuple[object, ...]] = []
+    worker = SimpleNamespace(pid=1, log=SimpleNamespace(info=lambda *args: logged.append(args)))
+    gunicorn.post_fork(SimpleNamespace(), worker)
+    assert logged == ([("worker %s is here", 1)] if "announce" in settings else [])
+
+
+def test_a_full_store_is_a_503_in_both_ways_that_flask_is_shown(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for block in file_blocks():
+        if block.file in ("with_flask.py", "with_flask_handler.py"):
+            app = load(block, environment, monkeypatch).app
+
+            @app.get("/full")
+            def full() -> str:
+                raise errors.StoreFull("full")
+
+            answer = Client(app).get("/full")
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+            assert answer.text.strip() == "Sessions are unavailable. Try again shortly."
+
+
+def test_the_tests_that_the_documentation_shows_pass(environment: Path) -> None:
+    shown = [block for block in blocks(TESTED_BY_ITS_READER, "python") if block.file]
+    for block in shown:
+        assert block.file is not None
+        (environment / block.file).write_text(block.text)
+    pytest_options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(environment)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *pytest_options, str(environment)],
+        cwd=environment, capture_output=True, text=True, check=False,
+        env={**__import__("os").environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    promised = sum(len(re.findall(r"^def test_", block.text, re.MULTILINE)) for block in shown)
+    assert promised >= 5
+    assert f"{promised} passed" in done.stdout, done.stdout + done.stderr
+
+
+def snippets(page: Path) -> list[Block]:
+    return [block for block in blocks(page, "python", "pycon") if not block.file]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_every_snippet_of_a_page_runs_and_prints_what_it_says(page: Path, environment: Path) -> None:
+    """From the top to the bottom of a page in one namespace; each page has a store and a new session of its own."""
+    clock, app = ManualClock(), flask.Flask("documented")
+    store = make_store(environment / "documented", clock)
+    session = store.session()
+    request = SimpleNamespace(scope={"session": session})
+    known: dict[str, Any] = {
+        "app": app, "clock": clock, "directory": environment / "others", "login_cookie": login_cookie,
+        "make_store": make_store, "request": request, "session": session, "store": store,
+        "Session": shmsession.Session, "SessionConfig": SessionConfig, "__name__": "documented",
+    }  # fmt: skip
+    module = sys.modules["documented"] = ModuleType("documented")
+    try:
+        module.__dict__.update(known)
+        for block in snippets(page):
+            run_snippet(block, module.__dict__)
+        if page == README:
+            assert isinstance(app.wsgi_app, shmsession.wsgi.SessionMiddleware)
+    finally:
+        del sys.modules["documented"]
+
+
+def run_snippet(block: Block, namespace: dict[str, Any]) -> None:
+    if block.language == "python":
+        exec(compile(block.text, str(block), "exec"), namespace)
+        return
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.REPORT_NDIFF)
+    example = doctest.DocTestParser().get_doctest(block.text, {}, str(block), str(block.page), block.line)
+    example.globs = namespace
+    said: list[str] = []
+    runner.run(example, out=said.append, clear_globs=False)
+    assert example.examples, f"{block} holds no example"
+    assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+def test_no_code_block_escapes_for_lack_of_a_language() -> None:
+    """Every fence names a language that some test here runs, or one that shows a file or output."""
+    run_here = {"python", "pycon", "bash", "console"}
+    only_shown = {"text", "ini", "dockerfile", "apache"}
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        opened = [fence for fence in fences if fence and not fence.startswith("{")]
+        assert set(opened) <= run_here | only_shown, page.name
+        assert len(opened) == len(blocks(page, *run_here, *only_shown)), page.name
+
+
+# ── the commands in it exist ──────────────────────────────────────────────────────────────────────────────────
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The page and the words of every command in the documentation, without the variables before it."""
+    found = []
+    for block in all_blocks("bash"):
+        for line in block.text.splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            if words:
+                found.append((str(block), words))
+    return found
+
+
+def uses_of(program: str) -> list[list[str]]:
+    return [words[1:] for _, words in commands() if Path(words[0]).name == program]
+
+
+def test_every_flag_of_gunicorn_in_the_documentation_exists() -> None:
+    assert len(uses_of("gunicorn")) > 5
+    for arguments in uses_of("gunicorn"):
+        parsed = Config().parser().parse_args(arguments)
+        assert len(parsed.args) == 1
+        Config().set("worker_class", parsed.worker_class)
+        assert parsed.worker_class in ("asgi", "sync", "gthread", "uvicorn_worker.UvicornWorker")
+
+
+def test_every_flag_of_uvicorn_in_the_documentation_exists() -> None:
+    assert len(uses_of("uvicorn")) > 1
+    for arguments in uses_of("uvicorn"):
+        assert uvicorn_command.make_context("uvicorn", list(arguments)).params["app"]
+
+
+def test_every_command_of_dev_in_the_documentation_exists() -> None:
+    usage = subprocess.run([sys.executable, str(ROOT / "dev")], capture_output=True, text=True, check=True).stdout
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    used = set(re.findall(r"\./dev (\w+)", text))
+    assert {"run", "test", "bench"} <= used
+    assert used <= set(re.findall(r"^  (\w+)", usage, re.MULTILINE))
+
+
+def test_every_extra_and_group_in_the_documentation_exists() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = "\n".join(" ".join(words) for _, words in commands())
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(settings["project"]["optional-dependencies"])
+    assert set(re.findall(r"--group (\w+)", text)) <= set(settings["dependency-groups"])
+
+
+def test_every_command_in_the_documentation_is_one_that_is_checked_here() -> None:
+    """A new program needs a check of its own, or a place in this list."""
+    unchecked = {"docker", "export", "pip", "uv", "python3"}
+    checked = {"gunicorn", "uvicorn", "dev", "python"}
+    for where, words in commands():
+        assert Path(words[0]).name in checked | unchecked, where
+
+
+def test_the_command_that_prints_a_key_prints_one() -> None:
+    (arguments,) = [words for words in uses_of("python") if words[0] == "-c"]
+    done = subprocess.run([sys.executable, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert len(shmsession.Key.parse(done.stdout).id) == 4
+
+
+def test_every_file_that_the_documentation_links_to_exists() -> None:
+    """Sphinx checks the links between pages; this, those of README.md."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert len(links) > 3
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+# ── the tables in it agree with the code ──────────────────────────────────────────────────────────────────────
+
+
+def shown(value: object) -> str:
+    """A default as the table of settings shows it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, timedelta):
+        seconds = int(value.total_seconds())
+        unit, length = next(
+            (u, n) for u, n in (("d", 86400), ("h", 3600), ("s", 1)) if seconds % n == 0 and seconds > n
+        )
+        return f"{seconds // length} {unit}"
+    if type(value) is int:
+        return f"{value // 1024} KiB"
+    return str(value)
+
+
+def test_the_table_of_settings_has_every_field_and_variable_with_its_default(
+    environment: Path, monkeypatch: Any
+) -> None:
+    for variable in ("DIR", "KEY_FILE", "MAP_SIZE"):
+        monkeypatch.delenv(f"SHMSESSION_{variable}")
+    defaults = SessionConfig()
+    expected = [
+        (item.name, item.metadata.get("variable", ""), shown(getattr(defaults, item.name)))
+        for item in fields(SessionConfig)
+    ]
+    expected += [("", "SHMSESSION_BACKEND", ""), ("", "SHMSESSION_STORE", "")]
+    table = [tuple("".join(code(cell)) for cell in row[:3]) for row in rows(marked(README, "settings"))]
+    assert sorted(table) == sorted(expected)
+
+
+def test_every_variable_that_the_code_names_is_in_the_table_of_settings() -> None:
+    table = {name for row in rows(marked(README, "settings")) for name in code(row[1])}
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"SHMSESSION_[A-Z_]+[A-Z]", source))
+    named |= {"SHMSESSION_" + name for name in re.findall(r"PREFIX(?: \+ \"|\})([A-Z_]+)", source)}
+    assert {"SHMSESSION_BACKEND", "SHMSESSION_STORE", "SHMSESSION_LIFESPAN"} <= named
+    assert named <= table
+
+
+def test_no_documented_variable_is_unknown_to_the_code(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for page in PAGES:
+        for variable in re.findall(r"SHMSESSION_[A-Z_]+[A-Z]", page.read_text(encoding="utf-8")):
+            monkeypatch.setenv(variable, "")
+    with caplog.at_level(logging.WARNING, "shmsession"):
+        config.warn_of_unknown_variables()
+        assert not caplog.messages
+        monkeypatch.setenv("SHMSESSION_LIFESPAM", "")
+        config.warn_of_unknown_variables()
+        assert caplog.messages
+
+
+def public(cls: type) -> set[str]:
+    return {name for name in dir(cls) if not name.startswith("_")}
+
+
+def test_the_reference_of_the_session_has_every_public_name() -> None:
+    documented = names(marked(DOCS / "session.md", "methods"))
+    assert documented == public(shmsession.Session) - SESSION_INTERNALS - SESSION_MAPPING
+
+
+def test_the_reference_of_the_session_gives_the_signatures_of_its_methods() -> None:
+    for row in rows(marked(DOCS / "session.md", "methods")):
+        for item in code(row[0]):
+            name, _, arguments = item.rstrip(")").rpartition(".")[2].partition("(")
+            member = inspect.getattr_static(shmsession.Session, name)
+            if "(" not in item:
+                assert not callable(member), item
+                continue
+            written = [re.split("=", argument.strip())[0] for argument in arguments.split(",") if argument]
+            function = member.__func__ if isinstance(member, classmethod) else member
+            assert written == list(inspect.signature(function).parameters)[1:], item
+
+
+def test_the_reference_of_the_store_has_every_public_name() -> None:
+    attributes = set(vars(make_throwaway_store()))
+    everything = public(SessionStore) | {name for name in attributes if not name.startswith("_")}
+    assert names(marked(DOCS / "store.md", "store")) == everything - STORE_INTERNALS
+
+
+def make_throwaway_store() -> SessionStore:
+    return SessionStore(config=SessionConfig(name="throwaway", keys=(shmsession.Key.generate(),)))
+
+
+def test_the_reference_of_the_middleware_has_its_arguments() -> None:
+    text = (DOCS / "store.md").read_text(encoding="utf-8")
+    for middleware in (asgi.SessionMiddleware, shmsession.wsgi.SessionMiddleware):
+        parameters = list(inspect.signature(middleware).parameters)
+        assert parameters == ["app", "store", "skip", "readonly"]
+    assert "SessionMiddleware(app, store=None, *, skip=(), readonly=())" in text
+
+
+def test_every_name_of_the_package_is_documented() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name in shmsession.__all__:
+        assert f"{name}" in re.findall(r"\w+", text), name
+
+
+def test_the_table_of_events_has_every_event_with_its_fields() -> None:
+    expected = {event.__name__: [field.name for field in fields(event)] for event in hooks.Event.__args__}
+    assert {code(row[0])[0]: code(row[1]) for row in rows(marked(DOCS / "operations.md", "events"))} == expected
+
+
+def test_the_reasons_for_which_cookies_are_refused_are_documented() -> None:
+    source = (PACKAGE / "cookies.py").read_text(encoding="utf-8")
+    reasons = {
+        node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    (row,) = [row for row in rows(marked(DOCS / "operations.md", "events")) if code(row[0]) == ["CookieRefused"]]
+    assert set(code(row[2])) == reasons
+
+
+def test_the_table_of_numbers_has_every_field_of_stats() -> None:
+    documented = [code(row[0])[0] for row in rows(marked(DOCS / "operations.md", "stats"))]
+    assert documented == list(store_module.Stats._fields)
+
+
+def test_the_marks_of_a_full_store_are_those_of_the_code() -> None:
+    cells = [row[1] for row in rows(marked(DOCS / "operations.md", "room"))]
+    numbers = [int(found[0]) for cell in cells if (found := re.findall(r"\d+", cell))]
+    assert numbers == [room.NEW_ANONYMOUS, room.NEW_LOGGED_IN, room.UPDATE]
+
+
+def test_the_table_of_errors_has_every_error_and_its_tree_is_that_of_the_code() -> None:
+    public_errors = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert names(marked(DOCS / "errors.md", "errors")) == public_errors
+    (tree,) = blocks(DOCS / "errors.md", "text")
+    drawn = [parse_branch(line) for line in tree.text.splitlines()]
+    assert {name for _, name, _ in drawn} == public_errors
+    ancestors: dict[int, type] = {}
+    for depth, name, builtin in drawn:
+        error = getattr(errors, name)
+        ancestors[depth] = error
+        assert [base.__name__ for base in error.__bases__] == [
+            ancestors[depth - 1].__name__ if depth else "Exception", *([builtin] if builtin else [])
+        ]  # fmt: skip
+
+
+def parse_branch(line: str) -> tuple[int, str, str]:
+    """(depth, error, builtin base or "") in a line of the tree."""
+    found = re.fullmatch(r"([│├└─ ]*)(\w+)(?: \((\w+)\))?(?: +.*)?", line)
+    assert found is not None, line
+    return len(found[1]) // 4, found[2], found[3] or ""
+
+
+def test_the_table_of_gunicorn_hooks_has_every_hook() -> None:
+    assert names(marked(DOCS / "deployment.md", "hooks")) == set(gunicorn_hooks.__all__)
+
+
+def test_the_table_of_types_has_every_stored_type() -> None:
+    documented = {item for row in rows(marked(DOCS / "values.md", "types")) for item in code(row[0])}
+    stored = {kind.__name__ for kind in codec.IMMUTABLE | codec._CONTAINERS}
+    assert documented == {name if name != "NoneType" else "None" for name in stored}
+    levels = re.search(r"up to (\d+) levels and ([\d,]+) items", marked(DOCS / "values.md", "types"))
+    assert levels is not None
+    assert (int(levels[1]), int(levels[2].replace(",", ""))) == (codec.MAX_DEPTH, codec.MAX_ITEMS)
+
+
+def test_the_table_of_test_helpers_has_every_one() -> None:
+    own = {
+        name for name, value in vars(testing).items()
+        if getattr(value, "__module__", None) == testing.__name__ and not name.startswith("_")
+    }  # fmt: skip
+    assert names(marked(DOCS / "testing.md", "testing")) == own | {"shm_store"}
