@@ -1,5 +1,10 @@
 """Sessions shared by all worker processes of a host, in memory that they map."""
 
+import sys
+
+if sys.platform == "win32":  # pragma: no cover
+    raise ImportError("shmsession needs Linux or macOS: shared memory and file locks work differently on Windows")
+
 from .codec import register_type
 from .config import CookieMode, SessionConfig, SessionMode
 from .errors import ShmSessionError

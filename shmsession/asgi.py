@@ -53,7 +53,7 @@ class SessionMiddleware:
                 outcome = store.commit(session, failed=message["status"] >= 500)
                 session.headers_sent = True
                 if outcome.vary:
-                    message = _with_headers(message, outcome)
+                    message = _with_headers(message, outcome, scope, store)
             await send(message)
 
         try:
@@ -84,7 +84,7 @@ class SessionMiddleware:
                 outcome = store.commit(session, failed=message.get("status", 101) >= 500)
                 session.headers_sent = True
                 if outcome.vary:
-                    message = _with_headers(message, outcome)
+                    message = _with_headers(message, outcome, scope, store)
             elif kind == "websocket.close":
                 store.commit(session, failed=not session.headers_sent)
             await send(message)
@@ -122,7 +122,9 @@ def _cookie_header(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return found
 
 
-def _with_headers(message: Message, outcome: Outcome) -> Message:
+def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: SessionStore) -> Message:
+    if outcome.set_cookie is not None:
+        store.note_scheme(scope.get("scheme", "http"))
     return {**message, "headers": with_session_headers(list(message.get("headers", ())), outcome.set_cookie)}
 
 

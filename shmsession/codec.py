@@ -212,13 +212,13 @@ def _from_registered(payload: bytes, depth: int) -> Any:
 
 
 def _from_datetime(payload: bytes, depth: int) -> dt.datetime:
-    *fields, zone, fold = _unpack(payload, depth)
-    return dt.datetime(*fields, _unzone(zone), fold=fold)
+    year, month, day, hour, minute, second, microsecond, zone, fold = _unpack(payload, depth)
+    return dt.datetime(year, month, day, hour, minute, second, microsecond, _unzone(zone), fold=fold)
 
 
 def _from_time(payload: bytes, depth: int) -> dt.time:
-    *fields, zone, fold = _unpack(payload, depth)
-    return dt.time(*fields, _unzone(zone), fold=fold)
+    hour, minute, second, microsecond, zone, fold = _unpack(payload, depth)
+    return dt.time(hour, minute, second, microsecond, _unzone(zone), fold=fold)
 
 
 _decoders: dict[int, Callable[[bytes, int], Any]] = {

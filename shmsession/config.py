@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -297,7 +296,3 @@ def _state_directory() -> Path:
             f"Key.generate() prints, or {PREFIX}KEY_FILE to a path that only this user can read"
         ) from None
     return base / "shmsession"
-
-
-if sys.platform == "win32":  # pragma: no cover
-    raise ImportError("shmsession needs Linux or macOS: shared memory and file locks work differently on Windows")

@@ -82,6 +82,7 @@ class SessionStore:
         self.max_size = self.config.max_size
         self._touch_interval = milliseconds(self.config.touch_interval)
         self._next_sweep = 0
+        self._told_of_scheme = False
         self._memory: MemoryStore | None = None
         _stores.add(self)
 
@@ -300,6 +301,16 @@ class SessionStore:
             raise ResponseStarted(
                 "the session needs a new cookie, but the response has begun: store something in it, call create(), or "
                 "renew() it before the first byte (before accept() on a websocket)"
+            )
+
+    def note_scheme(self, scheme: str) -> None:
+        """A cookie was set in answer to a request of this scheme: say once when the browser will not send it back."""
+        if self.config.secure and scheme not in ("https", "wss") and not self._told_of_scheme:
+            self._told_of_scheme = True
+            logger.warning(
+                "a Secure session cookie was set over plain http, where browsers do not send it back: for development "
+                "set SHMSESSION_SECURE=0 (test clients: base_url='https://testserver'); behind a TLS proxy let the "
+                "server trust its X-Forwarded-Proto"
             )
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────

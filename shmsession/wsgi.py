@@ -44,7 +44,7 @@ class SessionMiddleware:
         readonly = self._readonly is not None and self._readonly(path)
         session = Session(self.store, partial(_cookie_header, environ.get("HTTP_COOKIE", "")), readonly=readonly)
         environ[ENVIRON_KEY] = session
-        response = _Response(self.store, session, start_response)
+        response = _Response(self.store, session, start_response, environ.get("wsgi.url_scheme", "http"))
         try:
             body = self.app(environ, response.start)
         except StoreError as error:
@@ -61,10 +61,11 @@ class SessionMiddleware:
 class _Response:
     """One response: holds the status and headers back until the first byte, then commits and lets them go."""
 
-    def __init__(self, store: SessionStore, session: Session, start_response: StartResponse) -> None:
+    def __init__(self, store: SessionStore, session: Session, start_response: StartResponse, scheme: str) -> None:
         self._store = store
         self._session = session
         self._start_response = start_response
+        self._scheme = scheme
         self._started: tuple[str, Headers, Any] | None = None
         self._server_write: Write | None = None
         self._body: Iterable[bytes] = ()
@@ -93,6 +94,8 @@ class _Response:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             merged = with_session_headers(raw, outcome.set_cookie)
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in merged]
+        if outcome.set_cookie is not None:
+            self._store.note_scheme(self._scheme)
         self._session.headers_sent = True
         more = () if exc_info is None else (exc_info,)
         self._server_write = self._start_response(status, headers, *more)
@@ -117,7 +120,7 @@ class _Response:
     def __iter__(self) -> Iterator[bytes]:
         try:
             for chunk in self._body:
-                if chunk and self._server_write is None:
+                if self._server_write is None:
                     self._send_head()
                 yield chunk
             self._send_head()

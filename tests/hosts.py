@@ -1,11 +1,12 @@
 """Fixtures that start servers.
 
-A test module takes them with ``pytest_plugins = ["tests.hosts"]`` and imports nothing of it: pytest rewrites the asserts
-of a plugin, which therefore must not be imported before.
+A test module takes them with ``pytest_plugins = ["tests.hosts"]`` and imports nothing of it: pytest rewrites the
+asserts of a plugin, which therefore must not be imported before.
 """
 
 import contextlib
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def running() -> Iterator[Running]:
 
     yield get
     logs = []
+    for server in servers.values():
+        server.tell(signal.SIGTERM)
     for server in servers.values():
         server.stop()
         server.reap()

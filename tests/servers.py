@@ -326,6 +326,8 @@ class Server:
 
     def launch(self) -> "subprocess.Popen[bytes]":
         """Start it without waiting until it serves."""
+        if not self.kind.gunicorn and isinstance(self.address, str):
+            Path(self.address).unlink(missing_ok=True)  # uvicorn does not clear away what a killed one left
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 self.command, cwd=self.cwd, env=self.settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

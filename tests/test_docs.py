@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
 
 import shmsession
-from shmsession import SessionConfig, SessionStore, asgi, codec, config, errors, hooks, testing
+from shmsession import SessionConfig, SessionStore, asgi, codec, config, errors, hooks, testing, wsgi
 from shmsession import store as store_module
 from shmsession.contrib import gunicorn as gunicorn_hooks
 from shmsession.memory import room
@@ -36,21 +37,17 @@ from tests.documents import PAGES, README, ROOT, Block, all_blocks, blocks, code
 DOCS: Final = ROOT / "docs"
 PACKAGE: Final = Path(shmsession.__file__).parent
 
-# Public for the sake of the store and the middleware; no application has a use for them.
-SESSION_INTERNALS: Final = {
-    "begin_anew", "committed", "discard", "drops_cookie", "encoded_user", "gone", "headers_sent", "is_emptied", "loaded",
-    "logs_in", "owes_cookie", "pending", "record", "secret", "start", "wants_creation", "wants_renewal",
-}  # fmt: skip
+# Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
     "clock", "commit", "hooks", "keyring", "kill", "max_size", "request_session", "resolve", "save", "swap",
 }  # fmt: skip
-SESSION_MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
+MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 
 
 @pytest.fixture
 def environment(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory to work in, from which modules are imported, with stores and Keys of its own."""
-    for variable in [name for name in __import__("os").environ if name.startswith("SHMSESSION_")]:
+    for variable in [name for name in os.environ if name.startswith("SHMSESSION_")]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("SHMSESSION_DIR", str(place / "sessions"))
     monkeypatch.setenv("SHMSESSION_KEY_FILE", str(place / "key"))
@@ -83,6 +80,12 @@ def asgi_texts(app: Any, *requests: str) -> list[str]:
         return [client.request(*request.split()).text for request in requests]
 
 
+def bare_asgi_texts(app: Any, *requests: str) -> list[str]:
+    """For an application without a lifespan of its own."""
+    client = TestClient(app)
+    return [client.request(*request.split()).text for request in requests]
+
+
 def wsgi_texts(app: Any, *requests: str) -> list[str]:
     client = Client(app)
     return [client.open(path, method=method).text for method, path in map(str.split, requests)]
@@ -111,15 +114,20 @@ def drive_login(app: Any) -> None:
 
 def drive_websocket(app: Any) -> None:
     with TestClient(app) as client:
-        for turn in ("1", "2"):
-            with client.websocket_connect("/ws") as connection:
-                connection.send_text("hello")
-                assert connection.receive_text() == turn
+        with client.websocket_connect("/ws") as connection:
+            connection.send_text("hello")
+            assert connection.receive_text() == "1"
+            (cookie,) = [value for name, value in connection.extra_headers or () if name == b"set-cookie"]
+        header = {"cookie": cookie.decode().partition(";")[0]}
+        with client.websocket_connect("/ws", headers=header) as connection:
+            connection.send_text("hello again")
+            assert connection.receive_text() == "2"
+            assert b"set-cookie" not in dict(connection.extra_headers or ())
 
 
 APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "hello.py": drive_hello,
-    "with_asgi.py": visit(asgi_texts),
+    "with_asgi.py": visit(bare_asgi_texts),
     "with_django.py": visit(wsgi_texts),
     "with_fastapi.py": visit(asgi_texts),
     "with_flask.py": visit(wsgi_texts),
@@ -190,7 +198,7 @@ def test_the_tests_that_the_documentation_shows_pass(environment: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *pytest_options, str(environment)],
         cwd=environment, capture_output=True, text=True, check=False,
-        env={**__import__("os").environ, "PYTHONPATH": str(PACKAGE.parent)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )  # fmt: skip
     promised = sum(len(re.findall(r"^def test_", block.text, re.MULTILINE)) for block in shown)
     assert promised >= 5
@@ -219,7 +227,7 @@ def test_every_snippet_of_a_page_runs_and_prints_what_it_says(page: Path, enviro
         for block in snippets(page):
             run_snippet(block, module.__dict__)
         if page == README:
-            assert isinstance(app.wsgi_app, shmsession.wsgi.SessionMiddleware)
+            assert isinstance(app.wsgi_app, wsgi.SessionMiddleware)
     finally:
         del sys.modules["documented"]
 
@@ -330,7 +338,7 @@ def shown(value: object) -> str:
     if isinstance(value, timedelta):
         seconds = int(value.total_seconds())
         unit, length = next(
-            (u, n) for u, n in (("d", 86400), ("h", 3600), ("s", 1)) if seconds % n == 0 and seconds > n
+            (u, n) for u, n in (("d", 86400), ("h", 3600), ("s", 1)) if seconds % n == 0 and seconds >= n
         )
         return f"{seconds // length} {unit}"
     if type(value) is int:
@@ -376,23 +384,28 @@ def test_no_documented_variable_is_unknown_to_the_code(
         assert caplog.messages
 
 
-def public(cls: type) -> set[str]:
-    return {name for name in dir(cls) if not name.startswith("_")}
+def of_applications() -> set[str]:
+    """The names of Session that are for applications: what stands above its section "for the store", and two flags."""
+    above, mark, _ = inspect.getsource(shmsession.Session).partition("── for the store ──")
+    assert mark
+    defined = set(re.findall(r"^    def ([a-z]\w*)\(", above, re.MULTILINE))
+    session = make_throwaway_store().session()
+    assert (session.accessed, session.readonly) == (False, False)
+    return (defined | {"accessed", "readonly"}) - MAPPING - {"start"}
 
 
-def test_the_reference_of_the_session_has_every_public_name() -> None:
-    documented = names(marked(DOCS / "session.md", "methods"))
-    assert documented == public(shmsession.Session) - SESSION_INTERNALS - SESSION_MAPPING
+def test_the_reference_of_the_session_has_every_name_that_applications_use() -> None:
+    assert names(marked(DOCS / "session.md", "methods")) == of_applications()
 
 
 def test_the_reference_of_the_session_gives_the_signatures_of_its_methods() -> None:
     for row in rows(marked(DOCS / "session.md", "methods")):
         for item in code(row[0]):
             name, _, arguments = item.rstrip(")").rpartition(".")[2].partition("(")
-            member = inspect.getattr_static(shmsession.Session, name)
             if "(" not in item:
-                assert not callable(member), item
+                assert not callable(getattr(shmsession.Session, name, None)), item
                 continue
+            member = inspect.getattr_static(shmsession.Session, name)
             written = [re.split("=", argument.strip())[0] for argument in arguments.split(",") if argument]
             function = member.__func__ if isinstance(member, classmethod) else member
             assert written == list(inspect.signature(function).parameters)[1:], item
@@ -400,7 +413,7 @@ def test_the_reference_of_the_session_gives_the_signatures_of_its_methods() -> N
 
 def test_the_reference_of_the_store_has_every_public_name() -> None:
     attributes = set(vars(make_throwaway_store()))
-    everything = public(SessionStore) | {name for name in attributes if not name.startswith("_")}
+    everything = {name for name in attributes | set(dir(SessionStore)) if not name.startswith("_")}
     assert names(marked(DOCS / "store.md", "store")) == everything - STORE_INTERNALS
 
 
@@ -410,7 +423,7 @@ def make_throwaway_store() -> SessionStore:
 
 def test_the_reference_of_the_middleware_has_its_arguments() -> None:
     text = (DOCS / "store.md").read_text(encoding="utf-8")
-    for middleware in (asgi.SessionMiddleware, shmsession.wsgi.SessionMiddleware):
+    for middleware in (asgi.SessionMiddleware, wsgi.SessionMiddleware):
         parameters = list(inspect.signature(middleware).parameters)
         assert parameters == ["app", "store", "skip", "readonly"]
     assert "SessionMiddleware(app, store=None, *, skip=(), readonly=())" in text

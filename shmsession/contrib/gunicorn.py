@@ -82,6 +82,7 @@ def post_worker_init(worker: Any) -> None:
     for store in stores():
         try:
             store.open()
+            worker.log.info("session store %r in %s", store.name, store.memory.environment.path)
         except ShmSessionError as error:
             worker.log.error("shmsession: %s", error)
             raise SystemExit(BOOT_ERROR) from error
