@@ -17,3 +17,5 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"shmsession {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]

@@ -28,7 +28,7 @@ from examples._paths import encoded_path_asgi
 from examples._start import store_or_exit
 from shmsession import Session
 from shmsession.asgi import SessionMiddleware
-from shmsession.errors import SessionGone
+from shmsession.errors import SessionGone, SessionTooLarge
 
 T = TypeVar("T")
 
@@ -67,6 +67,11 @@ def failed(request: Request, error: Exception) -> Response:
 def gone(request: Request, error: Exception) -> Response:
     """Another request destroyed the session while this one was changing it."""
     return reply({"error": "the session has ended; load the page again"}, 409)
+
+
+def too_large(request: Request, error: Exception) -> Response:
+    """One session may hold so much and no more."""
+    return reply({"error": str(error)}, 413)
 
 
 def seconds(request: Request) -> float:
@@ -247,6 +252,6 @@ app = Starlette(
         WebSocketRoute("/ws", ws),
     ],
     middleware=[Middleware(SessionMiddleware, store=store), Middleware(encoded_path_asgi)],
-    exception_handlers={HTTPException: failed, SessionGone: gone},
+    exception_handlers={HTTPException: failed, SessionGone: gone, SessionTooLarge: too_large},
 )
 app.router.redirect_slashes = False

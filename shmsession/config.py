@@ -22,6 +22,7 @@ logger = logging.getLogger("shmsession")
 
 PREFIX: Final = "SHMSESSION_"
 MIN_MAP_SIZE: Final = 1 << 20
+MAX_MAP_SIZE: Final = 1 << 40
 TOUCH_INTERVAL: Final = timedelta(seconds=60)
 MAX_AGE: Final = timedelta(days=400)
 """RFC 6265bis: browsers cut a cookie's life at 400 days."""
@@ -29,7 +30,7 @@ MAX_AGE: Final = timedelta(days=400)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
-_SIZE = re.compile(r"(\d{1,15})\s*(|KiB|MiB|GiB)")
+_SIZE = re.compile(r"([0-9]{1,15})\s*(|KiB|MiB|GiB)")
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -65,7 +66,7 @@ def _setting(variable: str, parse: Callable[[str], T], default: T) -> T:
 
 
 def _seconds(text: str) -> timedelta:
-    if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text):
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", text):
         raise ValueError("write a number of seconds, such as 21600")
     return timedelta(seconds=float(text))
 
@@ -160,8 +161,10 @@ class SessionConfig:
         self._check_modes()
         self._check_cookie()
         self._check_times()
-        if self.map_size is not None and self.map_size < MIN_MAP_SIZE:
-            raise ConfigError(f"{PREFIX}MAP_SIZE (map_size) is {self.map_size}: write at least 1MiB")
+        if self.map_size is not None and not MIN_MAP_SIZE <= self.map_size <= MAX_MAP_SIZE:
+            raise ConfigError(
+                f"{PREFIX}MAP_SIZE (map_size) is {self.map_size}: write at least 1MiB and at most 1024GiB"
+            )
         if not 256 <= self.max_size <= 16 << 20:
             raise ConfigError(f"max_size is {self.max_size}: write 256 bytes to 16 MiB")
         if self.name is not None and not _NAME.fullmatch(self.name):
@@ -276,7 +279,7 @@ def warn_of_unknown_variables() -> None:
     }
     for variable in sorted(set(os.environ) - known):
         if variable.startswith(PREFIX):
-            near = difflib.get_close_matches(variable, known, 1)
+            near = difflib.get_close_matches(variable, known, 1, cutoff=0.85)
             logger.warning("%s is not a setting%s", variable, f": did you mean {near[0]}?" if near else "")
 
 

@@ -118,10 +118,10 @@ class Session(MutableMapping[str, Any]):
 
     def _look(self) -> None:
         """The application looks: load, once."""
-        self.accessed = True
         if not self.loaded:
             found = NOTHING if self._credential is None else self._port.resolve(self._credential)
             self.start(found)
+        self.accessed = True
 
     def start(self, found: Resolved) -> None:
         """Stand at what a credential led to."""
@@ -529,8 +529,10 @@ class Session(MutableMapping[str, Any]):
         assigned = {key: self._seen[key] for key in self._edits.assigned}
         user, storable, longterm = self._edits.user, self._edits.storable, self._edits.longterm
         self.start(NOTHING)
+        self._edit()
         self.update(assigned)
         self._edits.user, self._edits.storable, self._edits.longterm = user, storable, longterm
+        self._edits.renew = True
 
 
 @lru_cache(1024)

@@ -1,5 +1,6 @@
 """What the tests of the memory store share: a store of raw records, a check of all its tables, children by fork."""
 
+import ctypes
 import os
 import pickle
 import signal
@@ -246,3 +247,36 @@ def closing(store: MemoryStore) -> Iterator[MemoryStore]:
         yield store
     finally:
         store.close()
+
+
+# ── namespaces ────────────────────────────────────────────────────────────────────────────────────────────────
+
+NEW_MOUNTS = 0x00020000
+NEW_USER = 0x10000000
+NEW_PIDS = 0x20000000
+
+
+def unshare(kinds: int) -> bool:
+    """Put this process, which must have one thread, into new namespaces, under a user namespace if it must be.
+
+    Its uid stays what it is. False where the kernel or a container refuses both; then nothing has changed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(kinds) == 0:
+        return True
+    uid, gid = os.geteuid(), os.getegid()
+    if libc.unshare(kinds | NEW_USER) != 0:
+        return False
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+    return True
+
+
+def mount_tmpfs(at: Path, size: int) -> bool:
+    """Mount a small file system there, seen by this process alone; False where that is refused."""
+    if not unshare(NEW_MOUNTS):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mount(b"none", b"/", None, 0x44000, None)  # private, all of it
+    options = f"size={size},mode=0700,uid={os.geteuid()}".encode()
+    return bool(libc.mount(b"none", bytes(at), b"tmpfs", 0, options) == 0)

@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import flask
 import pytest
-from gunicorn.config import Config
 from starlette.testclient import TestClient
 from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
@@ -35,11 +34,13 @@ from shmsession.testing import ManualClock, login_cookie, make_store
 from tests.documents import PAGES, README, ROOT, Block, all_blocks, blocks, code, marked, names, rows
 
 DOCS: Final = ROOT / "docs"
+GunicornConfig: Final[Any] = importlib.import_module("gunicorn.config").Config  # it has no types
 PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "clock", "commit", "hooks", "keyring", "kill", "max_size", "request_session", "resolve", "save", "swap",
+    "clock", "commit", "hooks", "keyring", "kill", "max_size", "note_scheme", "request_session", "resolve", "save",
+    "swap",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 
@@ -112,17 +113,21 @@ def drive_login(app: Any) -> None:
     assert asgi_texts(app, *requests) == ["None", "welcome", "ada", "goodbye", "None"]
 
 
+def headers_of(connection: Any) -> dict[bytes, bytes]:
+    return dict(connection.extra_headers)
+
+
 def drive_websocket(app: Any) -> None:
     with TestClient(app) as client:
         with client.websocket_connect("/ws") as connection:
             connection.send_text("hello")
             assert connection.receive_text() == "1"
-            (cookie,) = [value for name, value in connection.extra_headers or () if name == b"set-cookie"]
-        header = {"cookie": cookie.decode().partition(";")[0]}
+            cookie = headers_of(connection)[b"set-cookie"].decode()
+        header = {"cookie": cookie.partition(";")[0]}
         with client.websocket_connect("/ws", headers=header) as connection:
             connection.send_text("hello again")
             assert connection.receive_text() == "2"
-            assert b"set-cookie" not in dict(connection.extra_headers or ())
+            assert b"set-cookie" not in headers_of(connection)
 
 
 APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
@@ -163,7 +168,7 @@ def test_every_gunicorn_configuration_in_the_documentation_has_all_hooks(block: 
     settings: dict[str, Any] = {}
     exec(compile(block.text, str(block), "exec"), settings)
     assert set(gunicorn_hooks.__all__) <= set(settings)
-    gunicorn = Config()
+    gunicorn = GunicornConfig()
     for name, value in settings.items():
         if name in gunicorn.settings:
             gunicorn.set(name, value)
@@ -178,7 +183,7 @@ def test_a_full_store_is_a_503_in_both_ways_that_flask_is_shown(
 ) -> None:
     for block in file_blocks():
         if block.file in ("with_flask.py", "with_flask_handler.py"):
-            app = load(block, environment, monkeypatch).app
+            app: flask.Flask = load(block, environment, monkeypatch).app
 
             @app.get("/full")
             def full() -> str:
@@ -279,9 +284,9 @@ def uses_of(program: str) -> list[list[str]]:
 def test_every_flag_of_gunicorn_in_the_documentation_exists() -> None:
     assert len(uses_of("gunicorn")) > 5
     for arguments in uses_of("gunicorn"):
-        parsed = Config().parser().parse_args(arguments)
+        parsed = GunicornConfig().parser().parse_args(arguments)
         assert len(parsed.args) == 1
-        Config().set("worker_class", parsed.worker_class)
+        GunicornConfig().set("worker_class", parsed.worker_class)
         assert parsed.worker_class in ("asgi", "sync", "gthread", "uvicorn_worker.UvicornWorker")
 
 

@@ -76,7 +76,7 @@ def test_what_is_no_key_is_refused_without_being_quoted(text: str) -> None:
     with pytest.raises(ConfigError, match=r"write what `print\(shmsession.Key.generate\(\)\)` prints") as caught:
         Key.parse(text)
     shown = "".join(traceback.format_exception(caught.value))
-    assert not text or text not in shown.replace(__file__, "")
+    assert len(text) < 4 or text not in shown
 
 
 @examples(20_000, 300)
@@ -84,11 +84,12 @@ def test_what_is_no_key_is_refused_without_being_quoted(text: str) -> None:
 def test_any_text_parses_or_is_a_config_error(text: str) -> None:
     """Nothing else is raised, and the text is not in it."""
     try:
-        keys = parse_keys(text)
+        shown = "".join(map(str, parse_keys(text)))
     except ConfigError as error:
-        assert len(text) < 4 or text not in str(error)
+        shown, expected = str(error), "not a Key: write what `print(shmsession.Key.generate())` prints, 43 characters"
     else:
-        assert all(str(key) in text for key in keys)
+        expected = "".join(text.replace("=", "").replace(",", " ").split())
+    assert shown == expected or "#" in text
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
@@ -125,9 +126,9 @@ def test_a_key_survives_pickling_and_copying() -> None:
 
 def test_a_key_equals_only_itself() -> None:
     """Not its text, nor its secret."""
-    assert FIXED == Key(bytes(range(32)))
-    assert FIXED != str(FIXED)
-    assert FIXED != bytes(range(32))
+    assert Key(bytes(range(32))) == FIXED
+    assert str(FIXED) != FIXED
+    assert bytes(range(32)) != FIXED
 
 
 # ── rotation ───────────────────────────────────────────────────────────────────────────────────────────────────

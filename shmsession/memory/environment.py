@@ -57,6 +57,8 @@ _STRUCTURAL: Final = (
 )
 """What LMDB says of a damaged file, and of nothing else: our own look-ups never raise NotFoundError."""
 
+_NO_ROOM: Final = (lmdb.DiskError, lmdb.MapFullError, lmdb.MemoryError)
+
 Judge = Callable[[bytes, bytes], Header | None]
 """The header of a salvaged record that is to be kept, or None."""
 
@@ -273,8 +275,12 @@ class Environment:
         except FileNotFoundError:
             raise
         except (OSError, lmdb.Error) as error:
-            full = isinstance(error, (lmdb.DiskError, lmdb.MapFullError)) or getattr(error, "errno", 0) == errno.ENOSPC
-            raise (StoreFull if full else StoreError)(f"{self.path} cannot be opened: {error}") from error
+            if isinstance(error, _NO_ROOM) or getattr(error, "errno", 0) == errno.ENOSPC:
+                raise StoreFull(
+                    f"no room for the memory store {self.path} ({error}): "
+                    "set SHMSESSION_MAP_SIZE to less, or SHMSESSION_DIR to another place"
+                ) from error
+            raise StoreError(f"{self.path} cannot be opened: {error}") from error
         finally:
             os.close(directory)
 

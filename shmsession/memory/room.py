@@ -1,6 +1,6 @@
 """Who may still come in when the map fills, and who goes first."""
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from shmsession.errors import StoreFull
 from shmsession.record import AUTHENTICATED, HEADER_BYTES, STORABLE, TOMBSTONE, Header, unpack_header
@@ -16,16 +16,40 @@ NEW_LOGGED_IN: Final = 80
 UPDATE: Final = 90
 """Per cent of the map's pages up to which each kind of write is let in; tombstones always are."""
 
+RESERVED: Final = 5
+"""The last points below each limit are for those for whom others had to go. Records have random handles: removing
+some leaves holes in many pages and frees none, and the next record seldom fits into one of these very holes."""
+
 _SCAN_PER_EVICTION: Final = 8
 
 
-def admit(usage: Usage, limit: int, grows_by: int) -> None:
-    """Raise StoreFull when `grows_by` more bytes would take more than `limit` per cent of the map."""
-    if (usage.used + 1 + grows_by // 4096) * 100 > usage.total * limit:
+class Crowd(NamedTuple):
+    """A write at its limit: pages in use before it, and the limit in per cent."""
+
+    used: int
+    limit: int
+
+
+def admit(usage: Usage, limit: int, grows_by: int) -> Crowd | None:
+    """None when `grows_by` more bytes are welcome; at the limit, what `settle` judges when they are written."""
+    if (usage.used + 1 + grows_by // 4096) * 100 <= usage.total * (limit - RESERVED):
+        return None
+    return Crowd(usage.used, limit)
+
+
+def settle(crowd: Crowd, usage: Usage, *, made_room: bool) -> bool:
+    """Whether a write at its limit took reserved pages. Raises StoreFull when it may not.
+
+    What fits into the pages in use is always let in, what takes more only up to the limit and when room was made.
+    """
+    if usage.used <= crowd.used:
+        return False
+    if not made_room or usage.used * 100 > usage.total * crowd.limit:
         raise StoreFull(
-            f"the memory store is full: {usage.used} of {usage.total} pages are in use, {limit} % may be for this. "
-            "Raise SHMSESSION_MAP_SIZE, or shorten SHMSESSION_LIFESPAN"
+            f"the memory store is full: {crowd.used} of {usage.total} pages are in use, {crowd.limit} % may be for "
+            "this. Raise SHMSESSION_MAP_SIZE, or shorten SHMSESSION_LIFESPAN"
         )
+    return True
 
 
 def limit_for(header: Header) -> int:

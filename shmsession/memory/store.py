@@ -5,6 +5,7 @@ Missing is an answer, not an error. Nothing here waits, decodes a value or calls
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
@@ -102,6 +103,7 @@ class MemoryStore:
         self._backend = backend
         self._hooks = hooks or Hooks()
         self._full_since = -FULL_PAUSE_MS
+        self._made_room = False
         base = directory or default_directory()
         self.environment = environment.acquire(base, name, map_size, clock, self._judge)
         self.environment.on_quarantine = lambda path, count: self._hooks.emit(Quarantined(str(path), count))
@@ -136,8 +138,10 @@ class MemoryStore:
         def work(txn: Txn, tables: Tables) -> Record | None:
             if txn.get(handle, db=tables.records) is not None:
                 return None
-            self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
-            return self._insert(txn, tables, handle, record)
+            crowd = self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
+            inserted = self._insert(txn, tables, handle, record)
+            self._settle(txn, tables, crowd)
+            return inserted
 
         return self._write(work)
 
@@ -197,9 +201,10 @@ class MemoryStore:
                 if len(raw) >= HEADER_BYTES:
                     unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
                 txn.delete(handle, db=tables.records)
-            self._admit(txn, tables, room.limit_for(kept), len(record.raw))
+            crowd = self._admit(txn, tables, room.limit_for(kept), len(record.raw))
             txn.put(handle, record.raw, db=tables.records)
             index(txn, tables, handle, kept)
+            self._settle(txn, tables, crowd)
             return record
 
         try:
@@ -231,9 +236,11 @@ class MemoryStore:
                 if isinstance(now_stored, Missing):
                     return now_stored
                 found, record = now_stored, self._moved(new, now_stored, changes, now, boot, user, login=login)
-            self._admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
+            crowd = self._admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
             self._bury(txn, tables, old, found.header, now, boot, renewed=True)
-            return self._insert(txn, tables, new, record)
+            inserted = self._insert(txn, tables, new, record)
+            self._settle(txn, tables, crowd)
+            return inserted
 
         return self._write(work)
 
@@ -263,17 +270,21 @@ class MemoryStore:
         """
         boot = self._clock.boot()
 
-        def work(txn: Txn, tables: Tables) -> int:
+        def work(txn: Txn, tables: Tables, limit: int) -> int:
             return self._sweep(txn, tables, now, boot, limit)
 
         if not self.environment.read(lambda txn, tables: _any_due(txn, tables, now)):
             return 0
-        return self._write(work)
+        return self._clean(work, limit)
 
     def evict(self, count: int = EVICTION_BATCH) -> int:
         """Remove up to `count` records that may go (`room.evict`); returns how many went."""
         boot = self._clock.boot()
-        gone = self._write(lambda txn, tables: room.evict(txn, tables, boot, count, backend=self._backend))
+
+        def work(txn: Txn, tables: Tables, limit: int) -> int:
+            return room.evict(txn, tables, boot, limit, backend=self._backend)
+
+        gone = self._clean(work, count)
         if gone:
             self._hooks.emit(Evicted(gone))
         return gone
@@ -325,22 +336,35 @@ class MemoryStore:
         if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
             return False
 
-        def work(txn: Txn, tables: Tables) -> int:
-            swept = self._sweep(txn, tables, now, boot, EVICTION_BATCH)
-            return swept or -room.evict(txn, tables, boot, EVICTION_BATCH, backend=self._backend)
+        def work(txn: Txn, tables: Tables, limit: int) -> int:
+            swept = self._sweep(txn, tables, now, boot, limit)
+            return swept or -room.evict(txn, tables, boot, limit, backend=self._backend)
 
-        try:
-            gone = self.environment.write(work)
-        except StoreFull:
-            return False
+        gone = self._clean(work, EVICTION_BATCH)
         if gone < 0:
             self._hooks.emit(Evicted(-gone))
         if gone == 0:
             self._full_since = boot
-        return gone != 0
+        self._made_room = gone != 0
+        return self._made_room
 
-    def _admit(self, txn: Txn, tables: Tables, limit: int, grows_by: int) -> None:
-        room.admit(self.environment.usage(txn, tables), limit, grows_by)
+    def _clean(self, work: Callable[[Txn, Tables, int], int], limit: int) -> int:
+        """Deal with up to `limit` records, fewer where the map has no pages left to remove so many at once."""
+        while limit:
+            try:
+                return self.environment.write(partial(work, limit=limit))
+            except StoreFull:
+                limit //= 8
+        return 0
+
+    def _admit(self, txn: Txn, tables: Tables, limit: int, grows_by: int) -> room.Crowd | None:
+        """Nothing where there is room; otherwise what `_settle` must be given when the write is done."""
+        return room.admit(self.environment.usage(txn, tables), limit, grows_by)
+
+    def _settle(self, txn: Txn, tables: Tables, crowd: room.Crowd | None) -> None:
+        """Raise StoreFull, which undoes the write, when it took pages that it may not have."""
+        if crowd is not None and room.settle(crowd, self.environment.usage(txn, tables), made_room=self._made_room):
+            self._made_room = False
 
     def _is_live(self, header: Header, now: int) -> bool:
         return now < header.idle_expiry and now < header.absolute
@@ -400,16 +424,15 @@ class MemoryStore:
 
     def _replace(self, txn: Txn, tables: Tables, handle: bytes, stored: Record, record: Record) -> Record:
         growth = len(record.raw) - len(stored.raw)
-        if growth > 0:
-            self._admit(txn, tables, room.UPDATE, growth)
+        crowd = self._admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
         record = self._dirtied(txn, tables, handle, record)
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header
         if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
             unindex(txn, tables, handle, stored.header)
             index(txn, tables, handle, record.header)
+        self._settle(txn, tables, crowd)
         return record
-
     def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
         """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
         header = record.header
