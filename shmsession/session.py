@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge
@@ -252,6 +252,9 @@ class Session(MutableMapping[str, Any]):
         return f"<Session {self.handle or 'new'}, {keys} keys>"
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Session belongs to its request and holds secrets: pass dict(session) on instead")
 
     # ── what is known of it ───────────────────────────────────────────────────────────────────────────────────
 
@@ -510,6 +513,11 @@ class Session(MutableMapping[str, Any]):
                 self._seen[key] = value
                 if type(value) not in IMMUTABLE:
                     self._mutable[key] = raw
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing was edited, and nothing read that could have been edited in place."""
+        return self._edits is _UNEDITED and not self._mutable
 
     @property
     def is_settled(self) -> bool:

@@ -217,9 +217,12 @@ class SessionStore:
         return self.cookies.expire() if session.drops_cookie else None
 
     def _commit(self, session: Session, now: int) -> None:
+        touch = self._touch_due(session, now)
+        if session.is_unchanged and not touch:
+            return
         if session.record is not None and session.is_emptied and not session.gone:
             session.destroy()
-        changes = session.pending(touch=self._touch_due(session, now))
+        changes = session.pending(touch=touch)
         if changes is None:
             return
         if session.gone:

@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
-from shmsession.clock import Clock
+from shmsession.clock import Clock, SystemClock
+from shmsession.codec import decode, encode
 from shmsession.hooks import Event, Hooks
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.seal import RecordSeal
-from shmsession.memory.store import MemoryStore
+from shmsession.memory.store import MemoryStore, Missing
 from shmsession.memory.tables import Tables, Txn, expiry_key, number, sequence_key
-from shmsession.record import NO_TAG, Header, Lifetimes
+from shmsession.record import NO_TAG, Changes, Header, Lifetimes
 from shmsession.testing import ManualClock
 
 T = TypeVar("T")
@@ -126,7 +127,7 @@ def put_meta(store: MemoryStore, name: bytes, value: int) -> None:
 # ── children ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Died(Exception):  # noqa: N818  # it says what happened
+class Died(Exception):
     """A child ended without an answer."""
 
 
@@ -162,7 +163,7 @@ class Child:
             self.status = os.waitpid(self.pid, 0)[1]
         return self.status
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -247,6 +248,54 @@ def closing(store: MemoryStore) -> Iterator[MemoryStore]:
         yield store
     finally:
         store.close()
+
+
+# ── a store in another process ────────────────────────────────────────────────────────────────────────────────
+
+
+def create(store: MemoryStore, key: bytes, value: Any) -> bool:
+    """Store {"v": value} under a handle; False when it is taken."""
+    return store.create(key, Changes(set={"v": encode(value, "v")}), SystemClock().now()) is not None
+
+
+def value_of(store: MemoryStore, key: bytes) -> Any:
+    """The value that `create` stored, or why there is none."""
+    found = store.load(key, SystemClock().now())
+    return found if isinstance(found, Missing) else decode(found.split()["v"])
+
+
+def destroy(store: MemoryStore, key: bytes) -> bool:
+    return store.destroy(key, SystemClock().now())
+
+
+def uuid_of(store: MemoryStore) -> bytes:
+    return contents(store).meta[b"uuid"]
+
+
+def hold_a_snapshot(store: MemoryStore) -> int:
+    """Begin to read and never end; returns how many do."""
+    _held.append(store.environment.open().env.begin())
+    return len(_held)
+
+
+_held: Final[list[Txn]] = []
+
+
+class Neighbour(Child):
+    """A process with the same store open: `neighbour(value_of, key)` calls a function of its store there."""
+
+    def __init__(self, directory: Path, fork: Callable[[], int] = os.fork, **settings: Any) -> None:
+        def work(channel: Channel) -> None:
+            store = memory_store(directory, SystemClock(), **settings)
+            while True:
+                function, *arguments = channel.receive()
+                channel.send(function(store, *arguments))
+
+        super().__init__(work, fork)
+
+    def __call__(self, function: Callable[..., T], *arguments: object) -> T:
+        answer: T = self.ask((function, *arguments))
+        return answer
 
 
 # ── namespaces ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -465,6 +465,8 @@ def test_the_marks_of_a_full_store_are_those_of_the_code() -> None:
     cells = [row[1] for row in rows(marked(DOCS / "operations.md", "room"))]
     numbers = [int(found[0]) for cell in cells if (found := re.findall(r"\d+", cell))]
     assert numbers == [room.NEW_ANONYMOUS, room.NEW_LOGGED_IN, room.UPDATE]
+    assert room.RESERVED == 5
+    assert "Five points below such a mark" in (DOCS / "operations.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_errors_has_every_error_and_its_tree_is_that_of_the_code() -> None:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -639,7 +640,7 @@ def test_with_a_backend_what_it_has_goes_first_and_nothing_dirty_or_memory_only_
     backed.create(handle(5), Changes(set={USER_KEY: ADA}, storable=False), clock.now())
     assert clean.header.dirty_seq == 0
     clock.advance(100)
-    gone = []
+    gone: list[bytes] = []
     before = contents(backed).records.keys()
     while backed.evict(1):
         after = contents(backed).records.keys()
@@ -899,7 +900,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 def _fields(changes: Changes) -> dict[str, Any]:
-    return {name: getattr(changes, name) for name in changes.__slots__}
+    return {field.name: getattr(changes, field.name) for field in fields(changes)}
 
 
 class AnyOrderWithBackend(AnyOrder):

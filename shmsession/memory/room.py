@@ -31,25 +31,34 @@ class Crowd(NamedTuple):
 
 
 def admit(usage: Usage, limit: int, grows_by: int) -> Crowd | None:
-    """None when `grows_by` more bytes are welcome; at the limit, what `settle` judges when they are written."""
+    """None when `grows_by` more bytes are welcome; at the limit, what `settle` judges when they are written.
+
+    Raises StoreFull beyond the limit.
+    """
     if (usage.used + 1 + grows_by // 4096) * 100 <= usage.total * (limit - RESERVED):
         return None
+    if usage.used * 100 > usage.total * limit:
+        raise _full(usage, limit)
     return Crowd(usage.used, limit)
 
 
 def settle(crowd: Crowd, usage: Usage, *, made_room: bool) -> bool:
     """Whether a write at its limit took reserved pages. Raises StoreFull when it may not.
 
-    What fits into the pages in use is always let in, what takes more only up to the limit and when room was made.
+    What fits into the pages in use is let in, what takes more only up to the limit and when room was made.
     """
     if usage.used <= crowd.used:
         return False
     if not made_room or usage.used * 100 > usage.total * crowd.limit:
-        raise StoreFull(
-            f"the memory store is full: {crowd.used} of {usage.total} pages are in use, {crowd.limit} % may be for "
-            "this. Raise SHMSESSION_MAP_SIZE, or shorten SHMSESSION_LIFESPAN"
-        )
+        raise _full(usage, crowd.limit)
     return True
+
+
+def _full(usage: Usage, limit: int) -> StoreFull:
+    return StoreFull(
+        f"the memory store is full: {usage.used} of {usage.total} pages are in use, {limit} % may be for this. "
+        "Raise SHMSESSION_MAP_SIZE, or shorten SHMSESSION_LIFESPAN"
+    )
 
 
 def limit_for(header: Header) -> int:

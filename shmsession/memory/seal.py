@@ -52,6 +52,10 @@ class RecordSeal:
             return None
         return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES]))
 
+    def forget(self) -> None:
+        """Remember no record as verified."""
+        self._verified.clear()
+
     def _remember(self, handle: bytes, record: Record) -> Record:
         if len(record.raw) <= VERIFIED_BYTES:
             if len(self._verified) >= VERIFIED_RECORDS:

@@ -270,7 +270,7 @@ class MemoryStore:
         """
         boot = self._clock.boot()
 
-        def work(txn: Txn, tables: Tables, limit: int) -> int:
+        def work(limit: int, txn: Txn, tables: Tables) -> int:
             return self._sweep(txn, tables, now, boot, limit)
 
         if not self.environment.read(lambda txn, tables: _any_due(txn, tables, now)):
@@ -281,7 +281,7 @@ class MemoryStore:
         """Remove up to `count` records that may go (`room.evict`); returns how many went."""
         boot = self._clock.boot()
 
-        def work(txn: Txn, tables: Tables, limit: int) -> int:
+        def work(limit: int, txn: Txn, tables: Tables) -> int:
             return room.evict(txn, tables, boot, limit, backend=self._backend)
 
         gone = self._clean(work, count)
@@ -309,6 +309,10 @@ class MemoryStore:
         now = self._clock.now()
         return sum(self.destroy(handle, now) for handle in handles)
 
+    def forget_verified(self) -> None:
+        """Verify every record anew when it is next read."""
+        self._seal.forget()
+
     def usage(self) -> environment.Usage:
         """Pages in use, touched and in all."""
         return self.environment.read(self.environment.usage)
@@ -328,6 +332,8 @@ class MemoryStore:
                 return self.environment.write(work)
             except StoreFull:
                 if attempt == MAP_FULL_ATTEMPTS - 1 or not self._make_room():
+                    if attempt:
+                        self._full_since = self._clock.boot()
                     raise
         raise AssertionError("unreachable")  # pragma: no cover
 
@@ -336,7 +342,7 @@ class MemoryStore:
         if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
             return False
 
-        def work(txn: Txn, tables: Tables, limit: int) -> int:
+        def work(limit: int, txn: Txn, tables: Tables) -> int:
             swept = self._sweep(txn, tables, now, boot, limit)
             return swept or -room.evict(txn, tables, boot, limit, backend=self._backend)
 
@@ -348,11 +354,11 @@ class MemoryStore:
         self._made_room = gone != 0
         return self._made_room
 
-    def _clean(self, work: Callable[[Txn, Tables, int], int], limit: int) -> int:
+    def _clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
         """Deal with up to `limit` records, fewer where the map has no pages left to remove so many at once."""
         while limit:
             try:
-                return self.environment.write(partial(work, limit=limit))
+                return self.environment.write(partial(work, limit))
             except StoreFull:
                 limit //= 8
         return 0
@@ -433,6 +439,7 @@ class MemoryStore:
             index(txn, tables, handle, record.header)
         self._settle(txn, tables, crowd)
         return record
+
     def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
         """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
         header = record.header
