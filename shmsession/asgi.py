@@ -46,15 +46,22 @@ class SessionMiddleware:
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
             return await self._websocket(session, scope, receive, send)
-        store = self.store
+        store, refused = self.store, False
 
         async def send_after_commit(message: Message) -> None:
+            nonlocal refused
             if message["type"] == "http.response.start" and not session.headers_sent:
-                outcome = store.commit(session, failed=message["status"] >= 500)
+                try:
+                    outcome = store.commit(session, failed=message["status"] >= 500)
+                except StoreError as error:  # not raised into the application, whose own handlers would make it a 500
+                    refused = session.headers_sent = True
+                    session.discard()
+                    return await _unavailable(send, error)
                 session.headers_sent = True
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
-            await send(message)
+            if not refused:
+                await send(message)
 
         try:
             await self.app(scope, receive, send_after_commit)

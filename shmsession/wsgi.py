@@ -108,6 +108,9 @@ class _Response:
         except StoreError as error:
             _close(body)
             return self.unavailable(error)
+        except Exception:
+            _close(body)
+            raise
         return body
 
     def over(self, body: Iterable[bytes]) -> Iterable[bytes]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
+import lmdb
+
 from shmsession.clock import Clock, SystemClock
 from shmsession.codec import decode, encode
 from shmsession.hooks import Event, Hooks
@@ -276,6 +278,15 @@ def hold_a_snapshot(store: MemoryStore) -> int:
     """Begin to read and never end; returns how many do."""
     _held.append(store.environment.open().env.begin())
     return len(_held)
+
+
+def hold_all_slots(store: MemoryStore) -> int:
+    """Begin to read as often as the table of readers allows."""
+    while True:
+        try:
+            hold_a_snapshot(store)
+        except lmdb.ReadersFullError:
+            return len(_held)
 
 
 _held: Final[list[Txn]] = []

@@ -23,6 +23,9 @@ from shmsession import Key, SessionConfig, SessionStore
 ROOT: Final = Path(__file__).absolute().parent.parent
 """The directory that holds `examples/`; not resolved, for the suite may run in a directory of links."""
 
+GUNICORN: Final = str(Path(sys.executable).with_name("gunicorn"))
+"""Not `-m gunicorn`: at USR2 it starts itself anew by path, and a package's directory would then come first on it."""
+
 PACKAGE: Final = Path(shmsession.__file__).parent.parent
 PATIENCE: Final = 60.0
 """Seconds after which something that ought to happen counts as not happening; nothing ever takes that long."""
@@ -314,13 +317,13 @@ class Server:
         app, keep_alive = self.app or self.kind.app, str(KEEP_ALIVE)
         if not self.kind.gunicorn:
             where = ["--port", "0"] if self.tcp else ["--uds", str(self.address)]
-            program = ["uvicorn", "--workers", str(self.workers), "--no-access-log", "--timeout-keep-alive", keep_alive]
+            program = ["-m", "uvicorn", "--workers", str(self.workers), "--no-access-log", "--timeout-keep-alive", keep_alive]
         else:
             where = ["-b", "127.0.0.1:0" if self.tcp else f"unix:{self.address}"]
             config = self.config or self.cwd / "gunicorn.conf.py"
-            program = ["gunicorn", "-c", str(config), "-w", str(self.workers), "--keep-alive", keep_alive]
+            program = [GUNICORN, "-c", str(config), "-w", str(self.workers), "--keep-alive", keep_alive]
         preload = ["--preload"] if self.preload else []
-        return [sys.executable, "-m", *program, *where, *self.kind.flags, *preload, *self.flags, app]
+        return [sys.executable, *program, *where, *self.kind.flags, *preload, *self.flags, app]
 
     # Its life.
 
@@ -338,10 +341,14 @@ class Server:
         return process
 
     def start(self) -> Self:
-        """Start it and wait until it answers."""
+        """Start it and wait until it answers and has forked all its workers."""
         process = self.launch()
+
+        def ready() -> bool:
+            return self._answers() and len(self.worker_pids()) == self.workers
+
         try:
-            wait_for(lambda: process.poll() is not None or self._answers(), "the server answers")
+            wait_for(lambda: process.poll() is not None or ready(), "the server answers")
             assert process.returncode is None, f"the server ended at its start with {process.returncode}"
         except BaseException:
             print(self.text)

@@ -253,7 +253,7 @@ def test_room_is_made_of_what_has_ended_before_anything_alive_is_evicted(
         store.destroy(key, clock.now())
     young = [visitors.come()[0] for _ in range(5)]
     clock.advance(minutes=2)
-    for _ in range(len(old) // 2):
+    for _ in range(len(old) // 8):
         visitors.come()
     assert events == [], "nobody was evicted"
     assert all(isinstance(store.load(key, clock.now()), Record) for key in young)

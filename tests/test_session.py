@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from flask import Flask
@@ -248,7 +248,8 @@ def test_the_users_place_in_the_record_is_no_key(shm_store: SessionStore) -> Non
     assert again.to_dict() == {}
     with pytest.raises(KeyError):
         again[0]  # type: ignore[index]
-    assert not any(key in again for key in cast("list[Any]", [0, "0", b"0"]))
+    reserved: list[Any] = [0, "0", b"0"]
+    assert not any(key in again for key in reserved)
 
 
 def test_what_cannot_be_stored_is_refused_at_assignment_and_leaves_all_as_it_was(session: Session) -> None:
