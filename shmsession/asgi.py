@@ -74,7 +74,8 @@ class SessionMiddleware:
                 store.commit(session)
             raise
         else:
-            store.commit(session)
+            if not refused:
+                store.commit(session)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         store = self.store

@@ -53,9 +53,8 @@ class SessionMiddleware:
             response.fail()
             raise
         wrapper = environ.get("wsgi.file_wrapper")
-        if isinstance(wrapper, type) and isinstance(body, wrapper):
-            return response.passed(body)
-        return response.over(body)
+        whole = type(body) in (list, tuple) or (isinstance(wrapper, type) and isinstance(body, wrapper))
+        return response.passed(body) if whole and not session.headers_sent else response.over(body)
 
 
 class _Response:
@@ -102,7 +101,7 @@ class _Response:
         return self._server_write
 
     def passed(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        """A file that the server may send by itself stays what it is."""
+        """A complete list, or a file that the server may send by itself, stays what it is."""
         try:
             self._send_head()
         except StoreError as error:
@@ -114,9 +113,7 @@ class _Response:
         return body
 
     def over(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        """The body with the commit before its first byte. A complete list needs no wrapper."""
-        if type(body) in (list, tuple):
-            return self.passed(body)
+        """The body with the commit before its first byte, and another after its last."""
         self._body = body
         return self
 
@@ -127,6 +124,7 @@ class _Response:
                     self._send_head()
                 yield chunk
             self._send_head()
+            self._store.commit(self._session)
         except StoreError as error:
             if self._server_write is not None:
                 raise

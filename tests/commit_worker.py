@@ -1,15 +1,19 @@
 """Requests by command: in the test's own process, or run as a script and driven over a pipe."""
 
+from __future__ import annotations
+
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmsession.errors import SessionGone
 from shmsession.keyring import Key
-from shmsession.session import Session
-from shmsession.store import SessionStore
 from shmsession.testing import make_store
+
+if TYPE_CHECKING:
+    from shmsession.session import Session
+    from shmsession.store import SessionStore
 
 KEY = Key(b"w" * 32)
 GONE = "gone"
@@ -84,18 +88,16 @@ class Slots:
             return GONE
         return None
 
-    def commit(self, slot: int, failed: bool) -> str | None:
+    def commit(self, slot: int, failed: bool) -> tuple[str | None, str | None]:
+        """The Set-Cookie of the response, and the handle of the session as it is then."""
         assert self.store is not None
-        session = self.sessions.pop(slot)
+        session = self.sessions[slot]
         outcome = self.store.commit(session, failed=failed)
         session.headers_sent = True
-        again = self.store.commit(session)
-        assert again.set_cookie is None
-        return outcome.set_cookie
-
-    def events(self) -> dict[str, int]:
-        assert self.store is not None
-        return dict(self.store.hooks.counts)
+        assert self.store.commit(session).set_cookie is None
+        handle = self.known(slot)[0]
+        del self.sessions[slot]
+        return outcome.set_cookie, handle
 
     def sweep(self) -> None:
         assert self.store is not None

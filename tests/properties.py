@@ -1,7 +1,9 @@
 """Values that sessions store, for property tests, and what it means that two of them are exactly the same."""
 
 import datetime as dt
+import os
 import struct
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -37,6 +39,11 @@ def machine_settings(full: int, suite: int, steps: int) -> settings:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """The environment of a process that must import what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
 
 
 ZONES = sorted(available_timezones() & {"UTC", "Europe/Berlin", "America/St_Johns", "Pacific/Apia", "Asia/Kathmandu"})

@@ -4,7 +4,6 @@ import datetime as dt
 import enum
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, namedtuple
@@ -27,7 +26,7 @@ from shmsession.keyring import Key, Keyring
 from shmsession.memory.seal import RecordSeal
 from shmsession.record import AUTHENTICATED, FORMAT, LONGTERM, NEVER, STORABLE, USER_KEY, Data, Header, join
 from tests.figures import report, rng, size
-from tests.properties import examples, image, values
+from tests.properties import child_environment, examples, image, values
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"
 
@@ -129,7 +128,7 @@ def test_a_set_has_the_same_bytes_in_every_process() -> None:
     command = [sys.executable, "-c", _SETS]
     outputs = {
         subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": str(number)}
+            command, check=True, capture_output=True, text=True, env=child_environment(PYTHONHASHSEED=str(number))
         ).stdout
         for number in range(1, 5)
     }

@@ -253,15 +253,14 @@ def test_a_directory_that_cannot_be_made_stops_the_start(place: Path, kind: Kind
     assert str(place / "missing" / "sessions") in line
 
 
-@pytest.mark.parametrize(("kind", "preload"), EVERY_WAY)
+@pytest.mark.parametrize(("kind", "preload"), [(SYNC, False), (ASGI, True), (UVICORN, False)])
 def test_a_map_larger_than_the_memory_stops_the_start(place: Path, kind: Kind, preload: bool) -> None:
     fails_at_start(place, kind, "SHMSESSION_MAP_SIZE", "900000GiB", preload=preload)
 
 
 @pytest.mark.parametrize("variable", WRONG)
-@pytest.mark.parametrize("kind", [SYNC, UVICORN], ids=str)
-def test_every_wrong_setting_is_named_at_the_start(place: Path, kind: Kind, variable: str) -> None:
-    fails_at_start(place, kind, variable, WRONG[variable])
+def test_every_wrong_setting_is_named_at_the_start(place: Path, variable: str) -> None:
+    fails_at_start(place, SYNC, variable, WRONG[variable])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from shmsession.config import SessionConfig
 from shmsession.errors import ConfigError
 from shmsession.keyring import KEY_BYTES, Key, Keyring, load_or_create, parse_keys
-from tests.properties import examples
+from tests.properties import child_environment, examples
 
 FIXED = Key(bytes(range(32)))
 
@@ -215,7 +215,10 @@ def test_eight_processes_that_start_together_end_with_one_key(place: Path) -> No
     """Whoever comes first makes it; all read the same, and nothing is left beside it."""
     path = place / "new" / "app.key"
     command = [sys.executable, "-c", _RACER, str(path)]
-    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment())
+        for _ in range(8)
+    ]
     for racer in racers:
         assert racer.stdin is not None
         racer.stdin.write("go\n")
@@ -328,7 +331,7 @@ def test_a_directory_without_permission_says_what_to_set(place: Path, mode: int)
     place.chmod(0o755)
     locked.chmod(mode)
     command = [sys.executable, "-c", _UNPRIVILEGED, str(locked / "app.key")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=child_environment())
     locked.chmod(0o700)
     assert done.returncode == 0, done.stderr
     assert "SHMSESSION_KEY_FILE" in done.stdout

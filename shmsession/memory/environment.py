@@ -77,8 +77,9 @@ class Opened:
         self.pid = os.getpid()
         self.next_look = monotonic() + LOOK_SECONDS
         self.looks = 0
-        self.tables = Tables(*(env.open_db(name, create=False) for name in NAMES))
-        with env.begin() as txn:
+        # In a transaction of ours: the one that open_db would begin waits for other writers with the GIL held.
+        with env.begin(write=True) as txn:
+            self.tables = Tables(*(env.open_db(name, txn=txn, create=False) for name in NAMES))
             self.epoch = number(txn.get(b"epoch", db=self.tables.meta))
             if number(txn.get(b"format", db=self.tables.meta)) > STORE_FORMAT:
                 raise UnsafeStore(
