@@ -38,14 +38,17 @@ class SessionMiddleware:
         """Serve one connection (ASGI 3)."""
         kind = scope["type"]
         if kind == "lifespan":
-            return await self._lifespan(scope, receive, send)
+            await self._lifespan(scope, receive, send)
+            return
         if kind not in ("http", "websocket") or (self._skip is not None and self._skip(scope["path"])):
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         readonly = self._readonly is not None and self._readonly(scope["path"])
         session = Session(self.store, partial(_cookie_header, scope["headers"]), readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
-            return await self._websocket(session, scope, receive, send)
+            await self._websocket(session, scope, receive, send)
+            return
         store, refused = self.store, False
 
         async def send_after_commit(message: Message) -> None:
@@ -56,10 +59,14 @@ class SessionMiddleware:
                 except StoreError as error:  # not raised into the application, whose own handlers would make it a 500
                     refused = session.headers_sent = True
                     session.discard()
-                    return await _unavailable(send, error)
+                    await _unavailable(send, error)
+                    return
                 session.headers_sent = True
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
+                if session.unavailable and message["status"] == 500:
+                    headers = [*message.get("headers", ()), (b"retry-after", b"5")]
+                    message = {**message, "status": 503, "headers": headers}
             if not refused:
                 await send(message)
 
@@ -70,8 +77,7 @@ class SessionMiddleware:
                 raise
             await _unavailable(send, error)
         except Exception:
-            if store.config.save_on_error:
-                store.commit(session)
+            store.commit_failed(session)
             raise
         else:
             if not refused:

@@ -158,6 +158,7 @@ class SessionConfig:
     """Keep a request's changes also when it ends with status 500 or above, or with an exception."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_modes()
         self._check_cookie()
         self._check_times()
@@ -171,6 +172,20 @@ class SessionConfig:
             raise ConfigError(
                 f"{PREFIX}NAME (name) is {self.name!r}: write up to 64 letters, digits, dots, dashes or underscores"
             )
+
+    def _check_types(self) -> None:
+        """A str where a Path belongs is taken for one; any other wrong type is an error now, not in a request."""
+        for name in ("directory", "key_file"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value:
+                object.__setattr__(self, name, Path(value))
+        if not all(isinstance(key, Key) for key in self.keys):
+            raise ConfigError("keys: write a sequence of Keys, such as (Key.parse(text),)")
+        object.__setattr__(self, "keys", tuple(self.keys))
+        for name, (kinds, advice) in _TYPES.items():
+            value = getattr(self, name)
+            if type(value) not in kinds and not (isinstance(value, Path) and type(None) in kinds):
+                raise ConfigError(f"{name} is {value!r}: write {advice}")
 
     def _check_modes(self) -> None:
         if self.mode is not SessionMode.PERSISTENT:
@@ -249,6 +264,24 @@ class SessionConfig:
     def keyring(self, name: str) -> Keyring:
         """The configured Keys, or those of the key file, which is made on first use."""
         return Keyring(self.keys or load_or_create(self.key_file or _state_directory() / f"{name}.key"))
+
+
+_TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    **dict.fromkeys(("secure", "http_only", "partitioned", "save_on_error"), ((bool,), "True or False")),
+    "path": ((str,), "a str"),
+    **dict.fromkeys(("cookie_name", "domain", "name"), ((str, type(None)), "a str or None")),
+    **dict.fromkeys(
+        ("lifespan", "max_lifespan", "memory_lifespan", "touch_interval"),
+        ((timedelta,), "a timedelta, such as timedelta(hours=6)"),
+    ),
+    "absolute_lifespan": ((timedelta, type(None)), "a timedelta or None"),
+    "mode": ((SessionMode,), "a SessionMode, such as SessionMode.PERSISTENT"),
+    "cookie_mode": ((CookieMode,), "a CookieMode, such as CookieMode.PRIVATE"),
+    "map_size": ((int, type(None)), "a number of bytes or None"),
+    "max_size": ((int,), "a number of bytes"),
+    "directory": ((type(None),), "a Path or None"),
+    "key_file": ((type(None),), "a Path or None"),
+}
 
 
 def milliseconds(span: timedelta) -> int:

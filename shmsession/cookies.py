@@ -37,6 +37,9 @@ class Ticket(NamedTuple):
     handle: bytes
     stale_after: int
 
+    def __repr__(self) -> str:
+        return f"<Ticket {self.handle.hex()}>"
+
 
 class Cookies:
     """Reads and writes the session cookie of one configuration."""

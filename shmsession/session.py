@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 from .codec import IMMUTABLE, decode, encode
-from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge
+from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge, StoreError
 from .ids import text_of
 from .record import LONGTERM, NEVER, STORABLE, USER_KEY, Changes, Data, DataKey, Record
 
@@ -33,6 +32,9 @@ class Resolved(NamedTuple):
     gone: bool = False
     presented: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Resolved {'to nothing' if self.handle is None else self.handle.hex()}>"
+
 
 NOTHING: Final = Resolved()
 
@@ -50,8 +52,8 @@ class Port(Protocol):
         """Commit `changes` if what they expect holds: (record now, done); None when the session is gone."""
         ...
 
-    def kill(self, handle: bytes) -> None:
-        """Destroy the session in all processes, now."""
+    def kill(self, handle: bytes) -> bool:
+        """Destroy the session in all processes, now; False when it lives on under the id of a login."""
         ...
 
     def save(self, session: "Session") -> None:
@@ -73,8 +75,17 @@ class _Edits:
         self.deleted: set[str] = set()
 
 
-_UNEDITED: Final = _Edits(0)
-"""Stands for nothing done, in every session that nobody has edited. It is never changed."""
+class _Unedited(_Edits):
+    """Nothing done. One object stands for that in every session, so it must never change."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(size=0, assigned=frozenset(), deleted=frozenset())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AssertionError("a session was changed without _edit()")
+
+
+_UNEDITED: Final[_Edits] = _Unedited()
 
 
 class Session(MutableMapping[str, Any]):
@@ -87,6 +98,8 @@ class Session(MutableMapping[str, Any]):
     gone = False
     loaded = False
     drops_cookie = False
+    unavailable = False
+    """The store could not serve this session: a status 500 that the framework made of it is a 503."""
     record: Record | None = None
     secret: bytes | None = None
     raw_handle: bytes | None = None
@@ -119,7 +132,11 @@ class Session(MutableMapping[str, Any]):
     def _look(self) -> None:
         """The application looks: load, once."""
         if not self.loaded:
-            found = NOTHING if self._credential is None else self._port.resolve(self._credential)
+            try:
+                found = NOTHING if self._credential is None else self._port.resolve(self._credential)
+            except StoreError:
+                self.unavailable = True
+                raise
             self.start(found)
         self.accessed = True
 
@@ -380,7 +397,11 @@ class Session(MutableMapping[str, Any]):
         """One attempt; the base moves to the record as it is now, what was read or changed stays as it was."""
         assert self.record is not None
         assert self.raw_handle is not None
-        answer = self._port.swap(self.raw_handle, self.record, changes)
+        try:
+            answer = self._port.swap(self.raw_handle, self.record, changes)
+        except StoreError:
+            self.unavailable = True
+            raise
         if answer is None:
             self.gone = True
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
@@ -416,11 +437,10 @@ class Session(MutableMapping[str, Any]):
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
         object afterwards begins a new session."""
         self._edit()
-        if self.gone:
+        if self.raw_handle is not None and not self._port.kill(self.raw_handle):
+            self.discard()
+            self.gone = True
             return
-        if self.record is not None:
-            assert self.raw_handle is not None
-            self._port.kill(self.raw_handle)
         presented = self._presented
         self.start(NOTHING)
         self.drops_cookie = presented
@@ -543,10 +563,12 @@ class Session(MutableMapping[str, Any]):
         self._edits.renew = True
 
 
-@lru_cache(1024)
 def _name_size(key: str) -> int:
     """How many bytes a key takes in the record's map. Raises UnsupportedValue for one that UTF-8 cannot carry."""
-    return len(encode(key, key))
+    if not key.isascii():
+        return len(encode(key, key))
+    size = len(key)
+    return size + (1 if size < 32 else 2 if size < 1 << 8 else 3 if size < 1 << 16 else 5)
 
 
 def _framed(raw: bytes) -> int:

@@ -1,5 +1,6 @@
 """The session store: joins memory, cookies and settings, and commits what a request did. It knows no protocol."""
 
+import contextlib
 import logging
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from weakref import WeakSet
 from .clock import Clock, SystemClock
 from .config import SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
 from .cookies import Cookies, Ticket
-from .errors import ConfigError, ResponseStarted, SessionGone, StoreError, StoreFull
+from .errors import ConfigError, ReadOnlySession, ResponseStarted, SessionGone, StoreError, StoreFull
 from .hooks import CommitDropped, CookieRefused, Hook, Hooks
 from .ids import handle_of, new_id
 from .keyring import Keyring
@@ -34,6 +35,9 @@ class Outcome(NamedTuple):
 
     vary: bool = False
     set_cookie: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Outcome, {'a' if self.set_cookie else 'no'} cookie>"
 
 
 UNTOUCHED: Final = Outcome()
@@ -90,7 +94,7 @@ class SessionStore:
 
     def open(self) -> Self:
         """Open the memory store in this process now instead of at first use. Raises ConfigError, StoreError."""
-        self.memory.environment.open()
+        self.memory.open()
         return self
 
     def close(self) -> None:
@@ -178,9 +182,10 @@ class SessionStore:
             return None
         return (found.record, False) if isinstance(found, Conflict) else (found, True)
 
-    def kill(self, handle: bytes) -> None:
+    def kill(self, handle: bytes) -> bool:
         """See `Port.kill`."""
-        self.memory.destroy(handle, self.clock.now())
+        now = self.clock.now()
+        return self.memory.destroy(handle, now) or self.memory.load(handle, now) is not Missing.RENEWED
 
     def save(self, session: Session) -> None:
         """Commit a session's changes now (`Session.save`)."""
@@ -208,6 +213,18 @@ class SessionStore:
             return LOOKED if session.accessed else UNTOUCHED
         return Outcome(session.accessed, self._cookie(session, now))
 
+    def commit_failed(self, session: Session) -> None:
+        """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
+        if not session.loaded:
+            return
+        session.headers_sent = True
+        try:
+            if self.config.save_on_error:
+                self._commit(session, self.clock.now())
+        except ResponseStarted:
+            logger.warning("an exception ended a request that would have begun or renewed its session: not kept")
+        session.discard()
+
     def _cookie(self, session: Session, now: int) -> str | None:
         """The Set-Cookie that the response must carry."""
         if session.headers_sent:
@@ -225,6 +242,10 @@ class SessionStore:
         changes = session.pending(touch=touch)
         if changes is None:
             return
+        if session.readonly:
+            raise ReadOnlySession(
+                "a value of a read-only session was changed in place: see readonly= of the middleware"
+            )
         if session.gone:
             self._drop(session, changes, now)
         elif session.record is None:
@@ -235,7 +256,8 @@ class SessionStore:
             self._update(session, session.record, changes, now)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_MS
-            self.memory.sweep(now, SWEEP_BATCH)
+            with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
+                self.memory.sweep(now, SWEEP_BATCH)
 
     def _touch_due(self, session: Session, now: int) -> bool:
         record = session.record
@@ -271,7 +293,8 @@ class SessionStore:
         secret, handle = session.secret, session.raw_handle
         assert secret is not None
         assert handle is not None
-        if changes.changes_nothing_in(record) and self._is_current(handle, record, now):
+        resealed = record.header.key_id == self.keyring.newest_id
+        if resealed and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
             session.committed(secret, handle, record, changes)
             return
         try:
@@ -296,6 +319,7 @@ class SessionStore:
             self._create(session, session.pending() or changes, now)
             return
         session.gone = True
+        session.discard()
         if not changes.is_touch:
             self.hooks.emit(CommitDropped(session.handle or ""))
 

@@ -48,6 +48,8 @@ class SessionMiddleware:
         try:
             body = self.app(environ, response.start)
         except StoreError as error:
+            if session.headers_sent:
+                raise
             return response.unavailable(error)
         except Exception:
             response.fail()
@@ -95,6 +97,8 @@ class _Response:
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in merged]
         if outcome.set_cookie is not None:
             self._store.note_scheme(self._scheme)
+        if self._session.unavailable and status[:3] == "500":
+            status, headers = "503 Service Unavailable", [*headers, ("Retry-After", "5")]
         self._session.headers_sent = True
         more = () if exc_info is None else (exc_info,)
         self._server_write = self._start_response(status, headers, *more)
@@ -143,10 +147,7 @@ class _Response:
 
     def fail(self) -> None:
         """An exception on its way to the server drops the changes, unless they are to be kept."""
-        if self._store.config.save_on_error:
-            self._store.commit(self._session)
-        elif self._session.loaded:
-            self._session.discard()
+        self._store.commit_failed(self._session)
 
     def unavailable(self, error: StoreError) -> Iterable[bytes]:
         """503, before any header has left."""

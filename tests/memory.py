@@ -28,6 +28,7 @@ T = TypeVar("T")
 KEYRING = Keyring([Key(bytes(range(32)))])
 SECOND = 1000
 HOUR = 3600 * SECOND
+_LIBC = ctypes.CDLL(None, use_errno=True)
 LIFETIMES = Lifetimes(idle=HOUR, longterm=24 * HOUR)
 DEADLINE = 60.0
 
@@ -206,6 +207,7 @@ class Raised(NamedTuple):
 def _be_child(work: Callable[[Channel], object], channel: Channel, others: list[int]) -> NoReturn:
     status = 1
     try:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child outlives the tests
         for descriptor in others:
             os.close(descriptor)
         work(channel)
@@ -321,11 +323,10 @@ def unshare(kinds: int) -> bool:
 
     Its uid stays what it is. False where the kernel or a container refuses both; then nothing has changed.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(kinds) == 0:
+    if _LIBC.unshare(kinds) == 0:
         return True
     uid, gid = os.geteuid(), os.getegid()
-    if libc.unshare(kinds | NEW_USER) != 0:
+    if _LIBC.unshare(kinds | NEW_USER) != 0:
         return False
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         Path(f"/proc/self/{name}").write_text(text)
@@ -336,7 +337,6 @@ def mount_tmpfs(at: Path, size: int) -> bool:
     """Mount a small file system there, seen by this process alone; False where that is refused."""
     if not unshare(NEW_MOUNTS):
         return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mount(b"none", b"/", None, 0x44000, None)  # private, all of it
+    _LIBC.mount(b"none", b"/", None, 0x44000, None)  # private, all of it
     options = f"size={size},mode=0700,uid={os.geteuid()}".encode()
-    return bool(libc.mount(b"none", bytes(at), b"tmpfs", 0, options) == 0)
+    return bool(_LIBC.mount(b"none", bytes(at), b"tmpfs", 0, options) == 0)

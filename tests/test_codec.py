@@ -525,6 +525,17 @@ def test_a_stored_zone_name_that_is_none_is_undecodable(zone: str) -> None:
     assert not _attempt(_extension(codec._TIME, msgpack.packb([1, 0, 0, 0, zone, 0])))
 
 
+def test_a_zone_whose_file_cannot_be_read_is_undecodable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the operating system says of it."""
+    raw = encode(dt.time(1, tzinfo=ZoneInfo("UTC")))
+
+    def unreadable(_: str) -> None:
+        raise IsADirectoryError
+
+    monkeypatch.setattr(codec, "ZoneInfo", unreadable)
+    assert not _attempt(raw)
+
+
 # ── golden bytes ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

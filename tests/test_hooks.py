@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gunicorn import config as gunicorn_config
-from gunicorn.arbiter import Arbiter
+from gunicorn import config as gunicorn_config  # type: ignore[import-untyped]
+from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from shmsession import SessionStore
 from shmsession.contrib import gunicorn as hooks
@@ -31,13 +31,12 @@ def is_open(store: SessionStore) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def only_this_store(shm_store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[SessionStore]:
+def only_this_store(shm_store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of a server has its own stores only; this one has those of other tests too."""
     monkeypatch.setattr(hooks, "stores", lambda: [shm_store])
     for name in list(os.environ):
         if name.startswith("SHMSESSION_"):
             monkeypatch.delenv(name)
-    return shm_store
 
 
 # ── names ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,7 +122,7 @@ def test_the_variable_names_a_store(
     target: str, shm_store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     module = SimpleNamespace(store=shm_store, nested=SimpleNamespace(store=shm_store))
-    monkeypatch.setitem(sys.modules, "application", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "application", module)
     monkeypatch.setenv("SHMSESSION_STORE", target)
     assert hooks.configured_store() is shm_store
 

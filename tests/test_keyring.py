@@ -229,6 +229,14 @@ def test_eight_processes_that_start_together_end_with_one_key(place: Path) -> No
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whoever_comes_second_takes_the_first_ones_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it looked before the file was there: what the first has sealed already must stay readable."""
+    keys = load_or_create(place / "key")
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    assert load_or_create(place / "key") == keys
+    assert list(place.iterdir()) == [place / "key"]
+
+
 def test_a_file_may_hold_several_keys_for_rotation(place: Path) -> None:
     """Oldest first, with comments, as an operator edits it."""
     one, two = Key.generate(), Key.generate()

@@ -721,6 +721,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.store = memory_store(Path(self.directory.name) / "base", self.clock, backend=self.backend)
         self.live: dict[bytes, Record] = {}
         self.dead: dict[bytes, tuple[Missing, int]] = {}
+        self.successors: dict[bytes, bytes] = {}
         self.loaded: list[tuple[bytes, Record]] = []
         self.store.environment.open()
         self.txn = transactions(self.store)
@@ -810,10 +811,13 @@ class AnyOrder(RuleBasedStateMachine):
             assert answer.split() == (merged if user is None else {**merged, USER_KEY: user})
             assert bool(answer.header.flags & AUTHENTICATED) == (user is not None)
             self._bury(key, Missing.RENEWED)
+            if not login:
+                self.successors[key] = new
             self._keep(new, answer)
         self._took(1)
 
     def _bury(self, key: bytes, why: Missing) -> None:
+        self.successors.pop(key, None)
         horizon = self.live.pop(key).header.horizon
         self.dead[key] = (why, self.clock.boot())
         header = header_of(self.store, key)
@@ -822,9 +826,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(key=HANDLES)
     def destroy(self, key: bytes) -> None:
-        assert self.store.destroy(key, self.clock.now()) == (key in self.live)
-        if key in self.live:
-            self._bury(key, Missing.DEAD)
+        target = key
+        while target in self.dead and target in self.successors:
+            target = self.successors[target]
+        assert self.store.destroy(key, self.clock.now()) == (target in self.live)
+        if target in self.live:
+            self._bury(target, Missing.DEAD)
         self._took(1)
 
     @precondition(lambda self: self.loaded)

@@ -259,9 +259,7 @@ def _touched(changes: Changes) -> set[Any]:
 
 @examples(50_000, 500)
 @given(st.dictionaries(NAMES, st.binary(max_size=3)), CHANGES, CHANGES)
-def test_changes_of_different_keys_commute_and_both_survive(
-    base: Data, one: Changes, other: Changes
-) -> None:
+def test_changes_of_different_keys_commute_and_both_survive(base: Data, one: Changes, other: Changes) -> None:
     """Two requests that change different keys: whichever commits first, the result is the same."""
     one = one._replace(cleared=False)
     other = Changes(

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from shmsession import session as session_module
 from shmsession.errors import (
     ContentionError,
+    ReadOnlySession,
     ResponseStarted,
     SessionGone,
     SessionTooLarge,
@@ -341,6 +342,20 @@ def test_a_request_sees_its_session_as_it_was_loaded_until_it_commits(browser: B
     slow["c"] = 1
     slow.save()
     assert slow.to_dict() == {"a": 2, "b": 2, "c": 1}
+
+
+def test_what_was_read_stays_as_it_was_read_though_an_increment_meets_newer_data(browser: Browser) -> None:
+    """The increment stands at the record as it is now; keys that were read, deleted ones too, do not jump."""
+    browser.stored(read=1, unread=1, gone=1, hits=0)
+    slow, quick = browser.request(), browser.request()
+    assert (slow["read"], slow["gone"]) == (1, 1)
+    quick.update(read=2, unread=2)
+    del quick["gone"]
+    browser.answer(quick)
+    assert slow.increment("hits") == 1
+    assert slow.to_dict() == {"read": 1, "unread": 2, "gone": 1, "hits": 1}
+    browser.answer(slow)
+    assert browser.data() == {"read": 2, "unread": 2, "hits": 1}
 
 
 # ── increment and apply ────────────────────────────────────────────────────────────────────────────────────────
@@ -808,6 +823,17 @@ def test_a_destroyed_id_is_a_visitor_without_a_session(browser: Browser) -> None
     assert browser.answer(session).set_cookie is not None
     assert browser.data() == {"b": 1}
     assert browser.request().id != old_id
+
+
+def test_a_nested_edit_on_a_read_only_session_is_an_error_and_not_stored(browser: Browser) -> None:
+    """It cannot be noticed before the commit; silence would hide the loss."""
+    first = browser.stored(cart=["tea"])
+    raw = bytes_of(first)
+    session = browser.request(readonly=True)
+    session["cart"].append("milk")
+    with pytest.raises(ReadOnlySession, match="changed in place"):
+        browser.answer(session)
+    assert bytes_of(first) == raw
 
 
 # ── failing responses ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1406,7 +1432,8 @@ class Requests(RuleBasedStateMachine):
             if isinstance(stored, dict):
                 self.views[slot] = View(self.jar_handle, stored, presented=True)
             else:
-                self.views[slot] = View(None, {}, bool(self.jar), gone=stored == RENEWED)
+                gone = stored == RENEWED
+                self.views[slot] = View(self.jar_handle if gone else None, {}, bool(self.jar), gone)
         return self.views[slot]
 
     @rule(slot=SLOTS, key=st.sampled_from(["a", "b", "cart", "n"]))
@@ -1505,29 +1532,26 @@ class Requests(RuleBasedStateMachine):
     @rule(slot=SLOTS)
     def destroy(self, slot: int) -> None:
         view = self.view(slot)
-        if view.handle is not None and self.world[view.handle] == RENEWED and not view.gone:
-            view.gone = True
-            self.of(slot).destroy(slot)
-            return
         self.of(slot).destroy(slot)
-        if not view.gone:
-            self.end(view)
+        self.end(view)
 
     def end(self, view: View) -> None:
-        if view.handle is not None and isinstance(self.world[view.handle], dict):
+        """Destroyed; but what was renewed lives on under its new id, and its cookie stays."""
+        if view.handle is not None and self.world[view.handle] == RENEWED:
+            view.gone = True
+            view.reset(view.base)
+            return
+        if view.handle is not None:
             self.world[view.handle] = DEAD
-        view.handle, view.drops = None, view.presented
-        view.reset({})
+        view.handle, view.gone, view.drops = None, False, view.presented
         view.presented = False
+        view.reset({})
 
     def settle(self, view: View, handle: str | None) -> bool:
         """What a commit does to the model, after which the session has this handle; whether it is gone."""
         emptied = view.cleared and not view.data and view.login is None
         if emptied and view.handle is not None and not view.gone:
-            if self.world[view.handle] == RENEWED:
-                view.gone = True
-            else:
-                self.end(view)
+            self.end(view)
         if not view.pending:
             return view.gone
         ended = view.handle is not None and not isinstance(self.world[view.handle], dict)

@@ -15,6 +15,7 @@ from shmsession import Session, SessionStore
 from shmsession.asgi import SessionMiddleware
 from shmsession.testing import SMALL_MAP, ManualClock, login_cookie, make_store
 from shmsession.wsgi import SessionMiddleware as WSGISessionMiddleware
+from tests.servers import PACKAGE
 
 pytest_plugins = ["pytester"]
 
@@ -97,6 +98,7 @@ def test_the_environment_does_not_reach_the_store(tmp_path: Path, monkeypatch: p
 
 
 TESTS = """
+import os
 import pytest
 from pathlib import Path
 
@@ -121,6 +123,7 @@ def test_the_fixture_works_in_a_project_of_its_own_alone_and_under_xdist(
     pytester.makepyfile(TESTS)
     seen = pytester.path / "seen"
     monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.runpytest_subprocess("-p", "no:cacheprovider", *workers).assert_outcomes(passed=8)
     bases = seen.read_text().split()

@@ -242,6 +242,8 @@ class Environment:
         """Open the environment in this process if it is not. Raises UnsafeStore, StoreFull."""
         if self.is_inherited:
             _refuse_inherited()
+        if self.users == 0:
+            raise StoreError(f"this user of {self.path} has closed it: make a new one")
         with self.lock:
             for _ in range(ATTEMPTS):
                 if self._opened is not None:
@@ -436,7 +438,7 @@ class Environment:
         try:
             tables = Tables(*(env.open_db(name) for name in NAMES))
             with env.begin(write=True) as txn:
-                self._found(txn, tables, size)
+                self._found(txn, tables, size, max((salvaged.header.epoch for salvaged in records), default=0))
                 for handle, raw, header in records:
                     txn.put(handle, raw, db=tables.records)
                     index(txn, tables, handle, header)
@@ -451,10 +453,10 @@ class Environment:
             shutil.rmtree(self.data)
         self._ready.rename(self.data)
 
-    def _found(self, txn: Txn, tables: Tables, size: int) -> None:
+    def _found(self, txn: Txn, tables: Tables, size: int, newest_epoch: int) -> None:
         now = self._clock.now()
         txn.put(b"format", sequence_key(STORE_FORMAT), db=tables.meta)
-        txn.put(b"epoch", sequence_key(now), db=tables.meta)
+        txn.put(b"epoch", sequence_key(max(now, newest_epoch + 1)), db=tables.meta)
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
         txn.put(b"size", sequence_key(size), db=tables.meta)
         txn.put(b"check", _check(txn, tables), db=tables.meta)

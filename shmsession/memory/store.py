@@ -3,6 +3,7 @@
 Missing is an answer, not an error. Nothing here waits, decodes a value or calls the application's code.
 """
 
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from shmsession.clock import Clock
 from shmsession.errors import SessionTooLarge, StoreFull, Unreadable
-from shmsession.hooks import Evicted, Hooks, Quarantined, RecordCorrupt
+from shmsession.hooks import Event, Evicted, Hooks, Quarantined, RecordCorrupt
 from shmsession.ids import tag_of
 from shmsession.keyring import Keyring
 from shmsession.record import (
@@ -102,11 +103,17 @@ class MemoryStore:
         self._max_size = max_size
         self._backend = backend
         self._hooks = hooks or Hooks()
+        self._noticed: deque[Event] = deque()
         self._full_since = -FULL_PAUSE_MS
         self._made_room = False
         base = directory or default_directory()
         self.environment = environment.acquire(base, name, map_size, clock, self._judge)
-        self.environment.on_quarantine = lambda path, count: self._hooks.emit(Quarantined(str(path), count))
+        self.environment.on_quarantine = lambda path, count: self._noticed.append(Quarantined(str(path), count))
+
+    def open(self) -> None:
+        """Open the environment in this process now. Raises StoreError."""
+        self.environment.open()
+        self._tell()
 
     def close(self) -> None:
         """Give the environment back. The store must not be used afterwards."""
@@ -117,12 +124,17 @@ class MemoryStore:
     def load(self, handle: bytes, now: int) -> Record | Missing:
         """The live record. Raises Unreadable for one sealed under an unknown Key or in a newer format."""
         raw = self.environment.get(handle)
-        return Missing.UNKNOWN if raw is None else self._live(handle, raw, now)
+        if raw is None:
+            return Missing.UNKNOWN
+        found = self._live(handle, raw, now)
+        if self._noticed:
+            self._tell()
+        return found
 
     def _live(self, handle: bytes, raw: bytes, now: int) -> Record | Missing:
         record = self._seal.open(handle, raw)
         if record is None:
-            self._hooks.emit(RecordCorrupt(handle.hex()))
+            self._noticed.append(RecordCorrupt(handle.hex()))
             return Missing.UNKNOWN
         header = record.header
         if header.flags & TOMBSTONE:
@@ -134,14 +146,17 @@ class MemoryStore:
     def create(self, handle: bytes, changes: Changes, now: int) -> Record | None:
         """Insert a new record; None when the handle is taken. Raises StoreFull."""
         record = self._first(handle, changes.merged({}), changes, now)
+        done: Record | None = None
 
         def work(txn: Txn, tables: Tables) -> Record | None:
-            if txn.get(handle, db=tables.records) is not None:
-                return None
+            nonlocal done
+            raw = txn.get(handle, db=tables.records)
+            if raw is not None:
+                return done if done is not None and raw == done.raw else None
             crowd = self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
-            inserted = self._insert(txn, tables, handle, record)
+            done = self._insert(txn, tables, handle, record)
             self._settle(txn, tables, crowd)
-            return inserted
+            return done
 
         return self._write(work)
 
@@ -152,11 +167,15 @@ class MemoryStore:
         """
         boot = self._clock.boot()
         prepared = self._next(handle, base, changes, now, boot) if self._is_live(base.header, now) else None
+        done: Record | None = None
 
         def work(txn: Txn, tables: Tables) -> Record | Conflict | Missing:
+            nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is None:
                 return Missing.UNKNOWN
+            if done is not None and raw == done.raw:
+                return done  # the store was rebuilt after the first run had committed, and has kept that
             if raw == base.raw and prepared is not None:
                 stored, record = base, prepared
             else:
@@ -166,7 +185,8 @@ class MemoryStore:
                 if not changes.fits(found.split()):
                     return Conflict(found)
                 stored, record = found, self._next(handle, found, changes, now, boot)
-            return self._replace(txn, tables, handle, stored, record)
+            done = self._replace(txn, tables, handle, stored, record)
+            return done
 
         return self._write(work)
 
@@ -225,8 +245,13 @@ class MemoryStore:
             self._moved(new, base, changes, now, boot, user, login=login) if self._is_live(base.header, now) else None
         )
 
+        done: Record | None = None
+
         def work(txn: Txn, tables: Tables) -> Record | Missing:
+            nonlocal done
             raw = txn.get(old, db=tables.records)
+            if done is not None and txn.get(new, db=tables.records) == done.raw:
+                return done
             if raw is None:
                 return Missing.UNKNOWN
             if raw == base.raw and prepared is not None:
@@ -237,27 +262,34 @@ class MemoryStore:
                     return now_stored
                 found, record = now_stored, self._moved(new, now_stored, changes, now, boot, user, login=login)
             crowd = self._admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
-            self._bury(txn, tables, old, found.header, now, boot, renewed=True)
-            inserted = self._insert(txn, tables, new, record)
+            self._bury(txn, tables, old, found.header, now, boot, renewed=True, successor=b"" if login else new)
+            done = self._insert(txn, tables, new, record)
             self._settle(txn, tables, crowd)
-            return inserted
+            return done
 
         return self._write(work)
 
     def destroy(self, handle: bytes, now: int) -> bool:
-        """Replace the record by a tombstone; False when there was none. Works in a full store."""
+        """Replace the record by a tombstone; False when there was none. Works in a full store.
+
+        A session that only got a new id meanwhile is destroyed under that; one that was logged in is another's.
+        """
         boot = self._clock.boot()
 
         def work(txn: Txn, tables: Tables) -> bool:
-            raw = txn.get(handle, db=tables.records)
-            if raw is None:
-                return False
-            found = self._seal.open(handle, raw)  # type: ignore[arg-type]
-            header = self._first(handle, {}, Changes(), now).header if found is None else found.header
-            if header.flags & TOMBSTONE:
-                return False
-            self._bury(txn, tables, handle, header, now, boot, renewed=False)
-            return True
+            target = handle
+            while True:
+                raw = txn.get(target, db=tables.records)
+                if raw is None:
+                    return False
+                found = self._seal.open(target, raw)  # type: ignore[arg-type]
+                header = self._first(target, {}, Changes(), now).header if found is None else found.header
+                if not header.flags & TOMBSTONE:
+                    self._bury(txn, tables, target, header, now, boot)
+                    return True
+                if found is None or not found.data:
+                    return False
+                target = found.data
 
         return self._write(work)
 
@@ -304,10 +336,16 @@ class MemoryStore:
         return self.environment.read(work)
 
     def clear(self) -> int:
-        """Destroy every session, with a tombstone each; returns how many there were."""
+        """Destroy every session, with a tombstone each; returns how many there were. Unreadable ones stay."""
         handles = self.environment.read(lambda txn, tables: [bytes(key) for key, _ in txn.cursor(tables.records)])
         now = self._clock.now()
-        return sum(self.destroy(handle, now) for handle in handles)
+        return sum(self._destroy_readable(handle, now) for handle in handles)
+
+    def _destroy_readable(self, handle: bytes, now: int) -> bool:
+        try:
+            return self.destroy(handle, now)
+        except Unreadable:
+            return False
 
     def forget_verified(self) -> None:
         """Verify every record anew when it is next read."""
@@ -329,13 +367,21 @@ class MemoryStore:
         """Run `work`; when there is no room, make some and try again before giving up."""
         for attempt in range(MAP_FULL_ATTEMPTS):
             try:
-                return self.environment.write(work)
+                result = self.environment.write(work)
+                if self._noticed:
+                    self._tell()
+                return result
             except StoreFull:
                 if attempt == MAP_FULL_ATTEMPTS - 1 or not self._make_room():
                     if attempt:
                         self._full_since = self._clock.boot()
                     raise
         raise AssertionError("unreachable")  # pragma: no cover
+
+    def _tell(self) -> None:
+        """Tell the hooks what was noticed, with no transaction open and no gate held: they may use the store."""
+        while self._noticed:
+            self._hooks.emit(self._noticed.popleft())
 
     def _make_room(self) -> bool:
         boot, now = self._clock.boot(), self._clock.now()
@@ -450,12 +496,16 @@ class MemoryStore:
         return self._seal.close(handle, header._replace(dirty_seq=sequence), record.data)
 
     def _bury(
-        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *, renewed: bool
-    ) -> None:
-        """Put a tombstone in the record's place. It remembers the horizon, until which a backend must know it."""
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
+        renewed: bool = False, successor: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Put a tombstone in the record's place. It remembers the horizon, until which a backend must know it.
+
+        `successor` is the handle under which the same login goes on: a logout that comes late must end that too.
+        """
         epoch, key_id = self.environment.epoch, self._seal.key_id
         dead = tombstone(header, now, boot, room.QUIET_MS, epoch, key_id, renewed=renewed)
-        record = self._dirtied(txn, tables, handle, self._seal.close(handle, dead, b""))
+        record = self._dirtied(txn, tables, handle, self._seal.close(handle, dead, successor))
         unindex(txn, tables, handle, header)
         txn.put(handle, record.raw, db=tables.records)
         index(txn, tables, handle, record.header)
@@ -485,7 +535,7 @@ class MemoryStore:
             if header.dirty_seq or room.is_recent(header, boot):
                 return 0
         elif header.dirty_seq:
-            self._bury(txn, tables, handle, header, now, boot, renewed=False)
+            self._bury(txn, tables, handle, header, now, boot)
             return 1
         elif self._backend and room.is_recent(header, boot):
             return 0
