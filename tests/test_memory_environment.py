@@ -421,10 +421,12 @@ def test_the_slots_of_killed_readers_are_freed_by_those_who_live(
     base: Path, store: MemoryStore, always_look: None
 ) -> None:
     create(store, handle(1), "a")
-    for _ in range(5):
-        with Neighbour(base) as neighbour:
+    with ExitStack() as stack:
+        neighbours = [stack.enter_context(Neighbour(base)) for _ in range(5)]
+        store.environment.open()
+        for neighbour in neighbours:
             neighbour(hold_a_snapshot)
-    assert store.environment.readers() >= 1
+    assert store.environment.readers() == 5
     for _ in range(environments.READER_CHECK_LOOKS):
         value_of(store, handle(1))
     assert store.environment.readers() == 0
@@ -450,6 +452,7 @@ def test_live_readers_without_end_make_the_store_unusable_with_a_typed_error(
     with closing(memory_store(base, SystemClock())) as store:
         create(store, handle(1), "a")
         with Neighbour(base) as neighbour:
+            store.environment.open()
             neighbour(hold_all_slots)
             with pytest.raises(StoreError, match="attempts"):
                 value_of(store, handle(1))
@@ -463,6 +466,7 @@ def test_a_writer_that_is_killed_inside_a_transaction_stops_nobody_and_leaves_no
 
     def die(channel: Channel) -> None:
         other = memory_store(base)
+        channel.receive()
 
         def work(txn: lmdb.Transaction, tables: Any) -> None:
             txn.put(handle(2), b"half", db=tables.records)
@@ -472,7 +476,8 @@ def test_a_writer_that_is_killed_inside_a_transaction_stops_nobody_and_leaves_no
         other.environment.write(work)
 
     with Child(die) as child:
-        assert child.channel.receive() == "inside"
+        store.environment.open()
+        child.ask("go")
         done: list[bool] = []
         writer = threading.Thread(target=lambda: done.append(create(store, handle(3), "c")))
         writer.start()

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import strategies as st
@@ -813,6 +813,20 @@ def test_a_slow_logout_of_the_old_id_does_not_take_the_fresh_cookie_away(browser
     assert browser.request().user_id == "ada"
 
 
+def test_a_slow_logout_of_an_id_that_was_only_renewed_logs_out(browser: Browser) -> None:
+    """The same login under a new id, however often renewed: the one who logs out must not stay logged in."""
+    browser.login("ada")
+    slow = browser.request()
+    assert slow.user_id == "ada"
+    for _ in range(3):
+        session = browser.request()
+        session.renew()
+        browser.answer(session)
+    slow.destroy()
+    assert "Max-Age=0;" in str(browser.store.commit(slow).set_cookie)
+    assert gone_at(browser, browser.cookie)
+
+
 def test_a_destroyed_id_is_a_visitor_without_a_session(browser: Browser) -> None:
     """It may begin a new one: with another id."""
     first = browser.stored(a=1)
@@ -1363,7 +1377,15 @@ def test_sweeping_happens_along_with_commits(browser: Browser, store: SessionSto
 
 # ── several requests against a model ───────────────────────────────────────────────────────────────────────────
 
-DEAD, RENEWED = "dead", "renewed"
+DEAD = "dead"
+
+
+class Renewed(NamedTuple):
+    """The session got another id: the same visit under a new one, or None, a login."""
+
+    successor: str | None
+
+
 SLOTS = st.integers(0, 2)
 KEYS = st.sampled_from("ab")
 
@@ -1432,7 +1454,7 @@ class Requests(RuleBasedStateMachine):
             if isinstance(stored, dict):
                 self.views[slot] = View(self.jar_handle, stored, presented=True)
             else:
-                gone = stored == RENEWED
+                gone = isinstance(stored, Renewed)
                 self.views[slot] = View(self.jar_handle if gone else None, {}, bool(self.jar), gone)
         return self.views[slot]
 
@@ -1517,9 +1539,9 @@ class Requests(RuleBasedStateMachine):
         view = self.view(slot)
         user = self.users.get(view.handle or "") if view.login is None else view.login
         self.of(slot).clear(slot)
-        renews = view.renews
+        renews, base = view.renews, view.base
         view.reset({})
-        view.cleared = True
+        view.base, view.cleared = base, True
         view.renews = renews or user is not None
 
     @rule(slot=SLOTS, user=st.sampled_from(["ada", "bob", None]))
@@ -1536,13 +1558,16 @@ class Requests(RuleBasedStateMachine):
         self.end(view)
 
     def end(self, view: View) -> None:
-        """Destroyed; but what was renewed lives on under its new id, and its cookie stays."""
-        if view.handle is not None and self.world[view.handle] == RENEWED:
+        """Destroyed, also under its new id if it only got one; but a login lives on, and its cookie stays."""
+        target = view.handle
+        while target is not None and isinstance(self.world[target], Renewed):
+            target = self.world[target].successor
+        if target is not None and isinstance(self.world[target], dict):
+            self.world[target] = DEAD
+        elif view.handle is not None and isinstance(self.world[view.handle], Renewed):
             view.gone = True
             view.reset(view.base)
             return
-        if view.handle is not None:
-            self.world[view.handle] = DEAD
         view.handle, view.gone, view.drops = None, False, view.presented
         view.presented = False
         view.reset({})
@@ -1560,6 +1585,7 @@ class Requests(RuleBasedStateMachine):
                 view.gone = True
                 view.reset(view.base)
                 return True
+            view.presented = False
             self.begin(view, handle, {key: view.data[key] for key in view.assigned}, view.login)
         elif view.handle is None:
             if view.sets or view.login is not None:
@@ -1567,7 +1593,7 @@ class Requests(RuleBasedStateMachine):
         elif view.renews:
             old, data = view.handle, view.merged(self.world[view.handle])
             user = view.login or (None if view.cleared else self.users.get(old))
-            self.world[old] = RENEWED
+            self.world[old] = Renewed(handle if view.login is None else None)
             self.begin(view, handle, data, user)
         else:
             data = self.world[view.handle] = view.merged(self.world[view.handle])
@@ -1624,7 +1650,7 @@ class Requests(RuleBasedStateMachine):
         assert self.of(0).known(99) == (
             self.jar_handle if live else None,
             self.users[self.jar_handle] if live and self.jar_handle else None,
-            stored == RENEWED,
+            isinstance(stored, Renewed),
         )
 
 

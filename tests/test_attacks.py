@@ -1,0 +1,349 @@
+"""What once broke, or was tried to break it. Each test says what must hold."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, request
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from shmsession import Key, Session, SessionStore
+from shmsession.asgi import SessionMiddleware
+from shmsession.errors import ReadOnlySession, StoreError, StoreFull
+from shmsession.hooks import Event, Hooks, Quarantined
+from shmsession.testing import ManualClock, make_store
+from shmsession.wsgi import SessionMiddleware as WsgiSessionMiddleware
+
+
+@pytest.fixture
+def store(place: Path) -> Iterator[SessionStore]:
+    store = make_store(place / "sessions")
+    yield store
+    store.close()
+
+
+def visit(store: SessionStore, cookie: str | None = None, *, readonly: bool = False) -> Session:
+    """A request with this cookie."""
+    header = b"" if cookie is None else f"{store.cookies.name}={cookie}".encode()
+    return store.request_session(lambda: header, readonly=readonly)
+
+
+def stored(store: SessionStore, user: str | None = None, **data: Any) -> str:
+    """A stored session's cookie."""
+    session = store.session()
+    session.update(data)
+    if user is not None:
+        session.renew(user_id=user)
+    session.save()
+    return cookie_of(store, session)
+
+
+def cookie_of(store: SessionStore, session: Session) -> str:
+    assert session.secret is not None
+    return store.cookies.value(session.secret, store.clock.now())
+
+
+def test_two_logins_at_once_do_not_log_in_anybody_else(store: SessionStore) -> None:
+    cookie = stored(store, cart=["tea"])
+    first, second = visit(store, cookie), visit(store, cookie)
+    for session in (first, second):
+        assert session["cart"] == ["tea"]
+        session.renew(user_id="ada")
+    assert store.commit(first).set_cookie
+    assert store.commit(second).set_cookie
+    assert visit(store).user_id is None
+    other = visit(store, stored(store, a=1))
+    assert other.user_id is None
+
+
+def test_a_login_that_met_a_logout_takes_nothing_of_the_old_session_along(store: SessionStore) -> None:
+    cookie = stored(store, "ada", secrets=["ada's"])
+    slow = visit(store, cookie)
+    slow["secrets"].append("more of ada's")
+    visit(store, cookie).destroy()
+    slow.renew(user_id="bob")
+    assert store.commit(slow).set_cookie
+    assert visit(store, cookie_of(store, slow)).to_dict() == {}
+
+
+@pytest.mark.parametrize("how", ["destroy", "clear"])
+def test_a_logout_ends_the_session_also_when_it_got_a_new_id_meanwhile(store: SessionStore, how: str) -> None:
+    cookie = stored(store, "ada", a=1)
+    slow = visit(store, cookie)
+    assert slow["a"] == 1
+    for _ in range(2):
+        rotating = visit(store, cookie)
+        rotating.renew()
+        store.commit(rotating)
+        cookie = cookie_of(store, rotating)
+    getattr(slow, how)()
+    store.commit(slow)
+    assert visit(store, cookie).to_dict() == ({} if how == "destroy" else {"a": 1})
+    assert visit(store, cookie).exists == (how == "clear")
+
+
+def test_a_late_logout_of_an_old_id_leaves_a_fresh_login_and_its_cookie_alone(store: SessionStore) -> None:
+    cookie = stored(store, a=1)
+    slow = visit(store, cookie)
+    assert slow["a"] == 1
+    login = visit(store, cookie)
+    login.renew(user_id="ada")
+    store.commit(login)
+    slow.destroy()
+    assert store.commit(slow).set_cookie is None
+    assert visit(store, cookie_of(store, login)).user_id == "ada"
+
+
+def test_a_read_only_session_cannot_be_changed_in_place(store: SessionStore) -> None:
+    cookie = stored(store, cart=["tea"])
+    reading = visit(store, cookie, readonly=True)
+    reading["cart"].append("milk")
+    with pytest.raises(ReadOnlySession):
+        store.commit(reading)
+    assert visit(store, cookie)["cart"] == ["tea"]
+
+
+def test_hooks_may_use_the_store_whatever_they_are_told(place: Path) -> None:
+    """Also of a rebuild, which happens behind the gate that opens the store."""
+    store, told, counts = make_store(place / "sessions"), [], []
+
+    def hook(event: Event) -> None:
+        told.append(type(event))
+        counts.append(store.count())
+
+    store.hooks = Hooks([hook])
+    stored(store, a=1)
+    data = store.memory.environment.data / "data.mdb"
+    store.close()
+    with data.open("r+b") as file:
+        file.write(bytes(8192))
+    opening = threading.Thread(target=store.open, daemon=True)
+    opening.start()
+    opening.join(60)
+    assert told == [Quarantined]
+    assert counts == [0]
+    store.close()
+
+
+def test_an_exception_after_renew_logs_nobody_out_even_with_save_on_error(place: Path) -> None:
+    """No response can carry the new cookie, so the old one must stay good, and nothing is stored that nobody has."""
+    store = make_store(place / "sessions", save_on_error=True)
+    cookie = stored(store, "ada", a=1)
+
+    async def rotate(request: Request) -> PlainTextResponse:
+        Session.of(request).renew()
+        raise RuntimeError("boom")
+
+    async def begin(request: Request) -> PlainTextResponse:
+        Session.of(request)["n"] = 1
+        raise RuntimeError("boom")
+
+    app = Starlette(routes=[Route("/rotate", rotate), Route("/begin", begin)])
+    app.add_middleware(SessionMiddleware, store=store)
+    client = TestClient(app, raise_server_exceptions=False)
+    assert client.get("/begin").status_code == 500
+    assert store.count() == 1
+    client.cookies.set(store.cookies.name, cookie)
+    assert client.get("/rotate").status_code == 500
+    assert visit(store, cookie).user_id == "ada"
+    client.get("/begin")
+    assert visit(store, cookie)["n"] == 1
+    store.close()
+
+
+def test_a_store_that_cannot_serve_is_a_503_also_where_the_framework_makes_it_a_500(place: Path) -> None:
+    store = make_store(place / "sessions")
+    flask = Flask("application")
+
+    @flask.get("/")
+    def index() -> str:
+        return str(Session.of(request).get("a"))
+
+    flask.wsgi_app = WsgiSessionMiddleware(flask.wsgi_app, store)  # type: ignore[method-assign]
+    cookie = stored(store, a=1)
+    store.close()
+    (place / "sessions").chmod(0o755)
+    client = flask.test_client()
+    client.set_cookie(store.cookies.name, cookie)
+    answer = client.get("/")
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    (place / "sessions").chmod(0o700)
+    assert client.get("/").text == "1"
+    store.close()
+
+
+def test_a_store_error_after_the_first_byte_reaches_the_server_as_it_is(store: SessionStore) -> None:
+    started = []
+
+    def app(environ: dict[str, Any], start: Callable[..., Callable[[bytes], object]]) -> list[bytes]:
+        start("200 OK", [])(b"first")
+        raise StoreFull("full")
+
+    def start_response(status: str, headers: object) -> Callable[[bytes], object]:
+        started.append(status)
+        return lambda _: None
+
+    with pytest.raises(StoreFull, match="full"):
+        WsgiSessionMiddleware(app, store)({"PATH_INFO": "/"}, start_response)
+    assert started == ["200 OK"]
+
+
+def test_a_closed_memory_store_says_so_and_disturbs_no_other(store: SessionStore) -> None:
+    cookie, memory = stored(store, a=1), store.memory
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        memory.count()
+    assert visit(store, cookie)["a"] == 1
+
+
+def test_a_key_may_retire_when_the_sessions_of_its_time_have_been_seen_under_the_new_one(place: Path) -> None:
+    """A cookie is sealed under the new Key only together with its record."""
+    old, new, clock = Key.generate(), Key.generate(), ManualClock()
+    before = make_store(place / "s", clock, keys=(old,))
+    cookie = stored(before, "ada", lang="en")
+    before.close()
+    both = make_store(place / "s", clock, keys=(old, new))
+    session = visit(both, cookie)
+    session["lang"] = "en"
+    outcome = both.commit(session)
+    assert outcome.set_cookie is not None
+    cookie = outcome.set_cookie.partition("=")[2].partition(";")[0]
+    both.close()
+    after = make_store(place / "s", clock, keys=(new,))
+    assert visit(after, cookie).user_id == "ada"
+    after.close()
+
+
+def test_clear_ends_all_sessions_that_it_can_read(place: Path) -> None:
+    old, new, clock = Key.generate(), Key.generate(), ManualClock()
+    before = make_store(place / "s", clock, keys=(old,))
+    for _ in range(5):
+        stored(before, a=1)
+    before.close()
+    after = make_store(place / "s", clock, keys=(new,))
+    for _ in range(5):
+        stored(after, a=1)
+    assert after.clear() == 5
+    assert after.count() == 5
+    after.close()
+
+
+def test_housekeeping_that_fails_costs_no_request_its_answer(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = visit(store, stored(store, a=1))
+    session.renew(user_id="ada")
+    store._next_sweep = 0
+
+    def failing(*_: object) -> int:
+        raise StoreError("no")
+
+    monkeypatch.setattr(store.memory, "sweep", failing)
+    assert store.commit(session).set_cookie
+
+
+def test_an_epoch_never_goes_back_with_the_clock(place: Path) -> None:
+    clock = ManualClock()
+    store = make_store(place / "s", clock)
+    cookie = stored(store, a=1)
+    before = visit(store, cookie)
+    assert before["a"] == 1
+    clock.step(-86_400)
+    environment = store.memory.environment
+    environment._quarantine(environment.open(), "said by a test")
+    after = visit(store, cookie)
+    after["a"] = 2
+    store.commit(after)
+    assert before.record is not None
+    assert after.record is not None
+    assert after.record.header.epoch > before.record.header.epoch
+    store.close()
+
+
+@pytest.mark.parametrize("what", ["increment", "create", "renew"])
+def test_what_was_committed_while_the_store_was_being_rebuilt_is_applied_once(place: Path, what: str) -> None:
+    """A writer that finds the generation changed after its commit does it again on the rebuilt store, which may have
+    kept the first one already."""
+    store = make_store(place / "s")
+    session = visit(store, stored(store, "ada", n=0))
+    assert session["n"] == 0
+    environment = store.memory.environment
+    real, bumped = environment._judge, []
+
+    def commit_once_more(*arguments: Any) -> Any:
+        return real(*arguments)
+
+    run = environment._run
+
+    def rebuilt_after_commit(work: Any, *, write: bool) -> Any:
+        result = run(work, write=write)
+        if write and not bumped:
+            bumped.append(True)
+            environment._quarantine(environment.open(), "said by a test")
+            return run(work, write=write)
+        return result
+
+    environment._judge = commit_once_more
+    environment._run = rebuilt_after_commit  # type: ignore[method-assign]
+    if what == "increment":
+        assert session.increment("n") == 1
+        assert visit(store, cookie_of(store, session))["n"] == 1
+    elif what == "renew":
+        session.renew()
+        assert store.commit(session).set_cookie
+        assert visit(store, cookie_of(store, session)).user_id == "ada"
+    else:
+        fresh = store.session()
+        fresh["x"] = 1
+        fresh.save()
+        assert store.session(fresh.id)["x"] == 1
+    assert bumped
+    store.close()
+
+
+def test_nothing_that_is_shown_holds_an_id_or_a_cookie(store: SessionStore) -> None:
+    cookie = stored(store, a="private")
+    header = f"{store.cookies.name}={cookie}".encode()
+    session = visit(store, cookie)
+    assert session["a"] == "private"
+    session.renew()
+    outcome = store.commit(session)
+    ticket = store.cookies.read(header)
+    shown = " ".join(
+        map(repr, (ticket, store.resolve(lambda: header), outcome, session, store, store.keyring, session.record))
+    )
+    assert outcome.set_cookie is not None
+    for secret in (cookie, outcome.set_cookie[20:80], repr(session.secret)[2:20], str(session.id), "private"):
+        assert secret not in shown
+
+
+def test_a_cancelled_request_drops_its_changes_and_nothing_else(store: SessionStore) -> None:
+    cookie = stored(store, a=1)
+    reached = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = Session.of(scope)
+        session["a"] = 2
+        session.increment("n")
+        reached.set()
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        headers = [(b"cookie", f"{store.cookies.name}={cookie}".encode())]
+        scope = {"type": "http", "path": "/", "headers": headers}
+        task = asyncio.ensure_future(SessionMiddleware(app, store)(scope, None, None))  # type: ignore[arg-type]
+        await reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert visit(store, cookie).to_dict() == {"a": 1, "n": 1}
