@@ -43,6 +43,10 @@ class SessionMiddleware:
         if kind not in ("http", "websocket") or (self._skip is not None and self._skip(scope["path"])):
             await self.app(scope, receive, send)
             return
+        held = scope.get(ENVIRON_KEY)
+        if held is not None and held.port is self.store:  # a middleware further out has it in hand
+            await self.app(scope, receive, send)
+            return
         readonly = self._readonly is not None and self._readonly(scope["path"])
         session = Session(self.store, partial(_cookie_header, scope["headers"]), readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session
@@ -81,7 +85,7 @@ class SessionMiddleware:
             raise
         else:
             if not refused:
-                store.commit(session)
+                store.commit(session, failed=not session.headers_sent)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         store = self.store

@@ -232,7 +232,7 @@ class SessionConfig:
                     f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years"
                 )
         if self.touch_interval is TOUCH_INTERVAL:
-            object.__setattr__(self, "touch_interval", min(TOUCH_INTERVAL, self.lifespan / 10))
+            object.__setattr__(self, "touch_interval", min(TOUCH_INTERVAL, self.lifespan / 10, self.max_lifespan / 10))
         if not timedelta(0) <= self.touch_interval < self.lifespan:
             raise ConfigError(
                 f"touch_interval is {self.touch_interval}, lifespan {self.lifespan}: "

@@ -72,6 +72,8 @@ class Cookies:
                 if found is not None:
                     return "duplicate"
                 found = pair[skip:]
+        if found is None and b"," in header:  # some WSGI servers join several Cookie headers with commas
+            return self.find(header.replace(b",", b";"))
         return found
 
     def _open(self, value: bytes) -> Ticket | str:

@@ -1,6 +1,8 @@
 """What happened, for those who want to know: one frozen dataclass an event, and any callable that takes one."""
 
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +57,17 @@ class Hook(Protocol):
         ...
 
 
+_counting = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _counting
+    _counting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class Hooks:
     """Counts every event by its kind and calls the application's hooks."""
 
@@ -65,7 +78,8 @@ class Hooks:
     def emit(self, event: Event) -> None:
         """Count the event and tell the hooks of it."""
         kind = type(event).__name__
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        with _counting:
+            self.counts[kind] = self.counts.get(kind, 0) + 1
         for hook in self._hooks:
             try:
                 hook(event)

@@ -53,7 +53,7 @@ class Port(Protocol):
         ...
 
     def kill(self, handle: bytes) -> bool:
-        """Destroy the session in all processes, now; False when it lives on under the id of a login."""
+        """Destroy the session in all processes, now; False when another request was first, or gave it to a login."""
         ...
 
     def save(self, session: "Session") -> None:
@@ -368,7 +368,7 @@ class Session(MutableMapping[str, Any]):
         this request has changed already, it is a plain assignment. Raises SessionGone, StoreError.
         """
         self._edit()
-        if self.gone:
+        if self.gone and self.record is not None:
             raise SessionGone("the session was renewed or destroyed by another request")
         if self.record is None or self._edits.cleared or self._is_pending(key):
             result = fn(self.get(key, default))
@@ -441,6 +441,7 @@ class Session(MutableMapping[str, Any]):
             self.discard()
             self.gone = True
             return
+        self.gone = False
         presented = self._presented
         self.start(NOTHING)
         self.drops_cookie = presented
@@ -528,11 +529,18 @@ class Session(MutableMapping[str, Any]):
         self.secret, self.raw_handle = session_id, handle
         self._stale_cookie = self.drops_cookie = False
         for key, value in values.items():
-            raw = self._base.get(key)
-            if raw is not None and raw == changes.set.get(key, data.get(key)):
+            raw = changes.set.get(key, data.get(key))
+            if key not in self._base:
+                continue
+            if type(value) not in IMMUTABLE:
+                self._seen[key], self._mutable[key] = value, raw
+            elif raw == self._base.get(key):
                 self._seen[key] = value
-                if type(value) not in IMMUTABLE:
-                    self._mutable[key] = raw
+
+    @property
+    def port(self) -> Port:
+        """The store it belongs to."""
+        return self._port
 
     @property
     def is_unchanged(self) -> bool:

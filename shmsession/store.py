@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import threading
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,6 +54,17 @@ class Stats(NamedTuple):
     pages: int
     readers: int
     events: dict[str, int]
+
+
+_making = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class SessionStore:
@@ -126,12 +139,18 @@ class SessionStore:
     def memory(self) -> MemoryStore:
         """The memory store under it, for tools; made at first use."""
         if self._memory is None:
-            self._memory = MemoryStore(
-                self.config.directory, self.name, self.keyring, self.config.lifetimes, self.clock,
-                map_size=self.config.map_size, max_size=self.max_size, hooks=self.hooks,
-            )  # fmt: skip
-            logger.info("session store %r in %s", self.name, self._memory.environment.path)
+            with _making:
+                if self._memory is None:
+                    self._memory = self._make_memory()
         return self._memory
+
+    def _make_memory(self) -> MemoryStore:
+        memory = MemoryStore(
+            self.config.directory, self.name, self.keyring, self.config.lifetimes, self.clock,
+            map_size=self.config.map_size, max_size=self.max_size, hooks=self.hooks,
+        )  # fmt: skip
+        logger.info("session store %r in %s", self.name, memory.environment.path)
+        return memory
 
     @property
     def is_persistent(self) -> bool:
@@ -171,7 +190,7 @@ class SessionStore:
     def _find(self, ticket: Ticket, now: int) -> Resolved:
         found = self.memory.load(ticket.handle, now)
         if isinstance(found, Missing):
-            gone = found is Missing.RENEWED
+            gone = found in (Missing.DEAD, Missing.RENEWED)
             return Resolved(None, ticket.handle if gone else None, gone=gone, presented=True)
         return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
 
@@ -184,8 +203,7 @@ class SessionStore:
 
     def kill(self, handle: bytes) -> bool:
         """See `Port.kill`."""
-        now = self.clock.now()
-        return self.memory.destroy(handle, now) or self.memory.load(handle, now) is not Missing.RENEWED
+        return self.memory.destroy(handle, self.clock.now())
 
     def save(self, session: Session) -> None:
         """Commit a session's changes now (`Session.save`)."""
@@ -227,7 +245,7 @@ class SessionStore:
 
     def _cookie(self, session: Session, now: int) -> str | None:
         """The Set-Cookie that the response must carry."""
-        if session.headers_sent:
+        if session.headers_sent or session.gone:
             return None
         if session.owes_cookie and session.secret is not None:
             return self.cookies.issue(session.secret, now)
@@ -356,6 +374,13 @@ class SessionStore:
     def clear(self) -> int:
         """Destroy every session on this host, in all processes; returns how many."""
         return self.memory.clear()
+
+    def free_dead_readers(self) -> None:
+        """Free the reader slots that killed processes held; each process does so too, every few seconds.
+
+        It does not open the store here, and waits for nobody. Raises StoreError.
+        """
+        self.memory.environment.free_dead_readers()
 
     def stats(self) -> Stats:
         """Numbers for operators. Raises StoreError."""

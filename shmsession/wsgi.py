@@ -39,7 +39,10 @@ class SessionMiddleware:
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        if self._skip is not None and self._skip(path):
+        if not path.isascii():
+            path = path.encode("latin-1", "replace").decode("utf-8", "replace")
+        held = environ.get(ENVIRON_KEY)
+        if (held is not None and held.port is self.store) or (self._skip is not None and self._skip(path)):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
         session = Session(self.store, partial(_cookie_header, environ.get("HTTP_COOKIE", "")), readonly=readonly)

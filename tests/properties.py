@@ -37,6 +37,7 @@ def machine_settings(full: int, suite: int, steps: int) -> settings:
         stateful_step_count=steps,
         deadline=None,
         database=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
 

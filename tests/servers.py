@@ -317,7 +317,15 @@ class Server:
         app, keep_alive = self.app or self.kind.app, str(KEEP_ALIVE)
         if not self.kind.gunicorn:
             where = ["--port", "0"] if self.tcp else ["--uds", str(self.address)]
-            program = ["-m", "uvicorn", "--workers", str(self.workers), "--no-access-log", "--timeout-keep-alive", keep_alive]
+            program = [
+                "-m",
+                "uvicorn",
+                "--workers",
+                str(self.workers),
+                "--no-access-log",
+                "--timeout-keep-alive",
+                keep_alive,
+            ]
         else:
             where = ["-b", "127.0.0.1:0" if self.tcp else f"unix:{self.address}"]
             config = self.config or self.cwd / "gunicorn.conf.py"

@@ -85,8 +85,7 @@ def test_a_logout_ends_the_session_also_when_it_got_a_new_id_meanwhile(store: Se
         cookie = cookie_of(store, rotating)
     getattr(slow, how)()
     store.commit(slow)
-    assert visit(store, cookie).to_dict() == ({} if how == "destroy" else {"a": 1})
-    assert visit(store, cookie).exists == (how == "clear")
+    assert not visit(store, cookie).exists
 
 
 def test_a_late_logout_of_an_old_id_leaves_a_fresh_login_and_its_cookie_alone(store: SessionStore) -> None:
@@ -276,22 +275,18 @@ def test_what_was_committed_while_the_store_was_being_rebuilt_is_applied_once(pl
     session = visit(store, stored(store, "ada", n=0))
     assert session["n"] == 0
     environment = store.memory.environment
-    real, bumped = environment._judge, []
-
-    def commit_once_more(*arguments: Any) -> Any:
-        return real(*arguments)
-
+    rebuilt: list[bool] = []
     run = environment._run
 
     def rebuilt_after_commit(work: Any, *, write: bool) -> Any:
         result = run(work, write=write)
-        if write and not bumped:
-            bumped.append(True)
+        if write and not rebuilt:
+            rebuilt.append(True)
             environment._quarantine(environment.open(), "said by a test")
+            environment.redoing = True  # what a writer finds that was between its commit and the look at the number
             return run(work, write=write)
         return result
 
-    environment._judge = commit_once_more
     environment._run = rebuilt_after_commit  # type: ignore[method-assign]
     if what == "increment":
         assert session.increment("n") == 1
@@ -305,7 +300,7 @@ def test_what_was_committed_while_the_store_was_being_rebuilt_is_applied_once(pl
         fresh["x"] = 1
         fresh.save()
         assert store.session(fresh.id)["x"] == 1
-    assert bumped
+    assert rebuilt
     store.close()
 
 

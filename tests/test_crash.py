@@ -23,11 +23,13 @@ VICTIMS = [(kind, False) for kind in KINDS] if SOAKING else [(ASGI, True)]
 
 @dataclass
 class Client:
-    """One visitor who keeps account of what was acknowledged and of what was only sent."""
+    """One visitor who keeps account of what was acknowledged and of what was only sent.
+
+    An order tells it to kill the worker that gave the next answer as soon as that has come: what it said must be done.
+    """
 
     browser: Browser
     shared: Browser
-    name: str
     answers: int = 0
     sent: dict[str, int] = field(default_factory=dict)
     acknowledged: dict[str, int] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Client:
     unsure: set[str] = field(default_factory=set)
     ended: list[dict[str, str]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+    orders: list[object] = field(default_factory=list)
 
     def run(self, stop: threading.Event) -> None:
         number = 0
@@ -54,6 +57,9 @@ class Client:
             answer = browser.request(method, path)
             if answer.status == 200:
                 self.answers += 1
+                with contextlib.suppress(IndexError, ProcessLookupError):
+                    self.orders.pop()
+                    os.kill(answer.pid, signal.SIGKILL)
                 return True
             self.trouble.append(f"{path}: {answer.status} {answer.body[:80]!r}")
         return False
@@ -104,7 +110,8 @@ def load(server: Server) -> Iterator[list[Client]]:
     """Eight clients at work, each on a session of its own and on one of all; checked at the end."""
     shared = server.browser()
     shared.post("/create")
-    clients = [Client(server.browser(), server.browser(shared.cookies), f"c{number}") for number in range(CLIENTS)]
+    orders: list[object] = []
+    clients = [Client(server.browser(), server.browser(shared.cookies), orders=orders) for _ in range(CLIENTS)]
     for client in clients:
         client.browser.post("/create")
     stop = threading.Event()
@@ -140,7 +147,9 @@ def check_store(server: Server) -> int:
     assert sum(isinstance(record, Record) for record in found) > CLIENTS
     browser = server.browser()
     browser.post("/create")
-    wait_for(lambda: browser.get("/visit").status == 200 and store.stats().readers == 0, "dead readers' slots are freed")
+    wait_for(
+        lambda: browser.get("/visit").status == 200 and store.stats().readers == 0, "dead readers' slots are freed"
+    )
     assert store.memory.environment.check_readers() == 0
     return len(handles)
 
@@ -155,12 +164,16 @@ def test_a_worker_killed_at_any_instant_takes_no_acknowledged_write_with_it(
     kills, random = size(1_000, 100), rng(f"kills {kind}")
     server = serve(kind, preload=preload)
     with load(server) as clients:
-        for _ in range(kills):
+        for number in range(kills):
             goal = answers(clients) + random.randrange(1, 25)
             wait_for(lambda goal=goal: answers(clients) >= goal, "the server answers between two kills")  # type: ignore[misc]
-            wait_for(server.worker_pids, "there is a worker to kill")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(random.choice(server.worker_pids()), signal.SIGKILL)
+            if number % 2:
+                clients[0].orders.append(number)
+                wait_for(lambda: not clients[0].orders, "a client kills the worker that answered it")
+            else:
+                wait_for(server.worker_pids, "there is a worker to kill")
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(random.choice(server.worker_pids()), signal.SIGKILL)
         done = answers(clients)
     records = check_store(server)
     unanswered = sum(sum(c.sent.get(k, 0) - c.acknowledged.get(k, 0) for k in ("own", "shared")) for c in clients)

@@ -22,7 +22,8 @@ from shmsession.store import stores
 from shmsession.testing import login_cookie, make_store
 from tests.servers import PACKAGE, ROOT, wait_for
 
-SERVER = SimpleNamespace(log=logging.getLogger("arbiter"))
+SERVER = SimpleNamespace(log=logging.getLogger("arbiter"), cfg=SimpleNamespace(uid=os.geteuid()))
+FOREIGN = SimpleNamespace(log=logging.getLogger("arbiter"), cfg=SimpleNamespace(uid=os.geteuid() + 1))
 WORKER = SimpleNamespace(log=logging.getLogger("worker"), pid=0)
 
 
@@ -241,6 +242,19 @@ def test_an_arbiter_whose_store_is_gone_reaps_its_workers_all_the_same(
     store = make_store(tmp_path / "missing" / "sessions")
     monkeypatch.setattr(hooks, "stores", lambda: [store])
     hooks.child_exit(SERVER, WORKER)
+
+
+def test_an_arbiter_leaves_the_store_of_workers_that_run_as_another_user_alone(
+    shm_store: SessionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks.on_starting(FOREIGN)
+    hooks.child_exit(FOREIGN, WORKER)
+    assert not is_open(shm_store)
+    assert not shm_store.config.directory.exists()  # type: ignore[union-attr]
+    monkeypatch.setattr(hooks, "stores", list)
+    monkeypatch.setenv("SHMSESSION_DIR", str(tmp_path / "sessions"))
+    hooks.on_starting(FOREIGN)
+    assert not (tmp_path / "sessions").exists()
 
 
 def test_the_hooks_find_every_store_that_is_in_use(shm_store: SessionStore) -> None:

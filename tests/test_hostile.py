@@ -1,8 +1,8 @@
-"""G6: a cookie that we did not issue, or that has ended, is no session: never adopted, nothing written, no traceback."""
+"""G6: a cookie that we did not issue, or that has ended, is no session: never adopted, nothing written."""
 
 import random as randomness
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ def forgeries(server_store: SessionStore, valid: str, ended: str, random: random
         changed = valid[:first] + valid[second] + valid[first + 1 : second] + valid[first] + valid[second + 1 :]
         return changed if changed != valid else mutated()
 
-    kinds = [
+    kinds: list[Callable[[], str]] = [
         lambda: f"session={junk(ALPHABET, 200)}",
         lambda: f"session={''.join(random.choices(ALPHABET, k=92))}",
         lambda: f"session={junk(LATIN.replace(';', '').replace(',', ''), 120)}",
@@ -91,7 +91,9 @@ def test_no_hostile_cookie_is_adopted_and_none_writes(running: Running, kind: Ki
             answer = attacker.request("GET", path, {"Cookie": header})
             statuses[answer.status] = statuses.get(answer.status, 0) + 1
             if answer.status == 200:
-                assert answer.json in ({}, {"user": None, "pid": answer.pid}), f"a hostile cookie was believed: {header!r}"
+                assert answer.json in ({}, {"user": None, "pid": answer.pid}), (
+                    f"a hostile cookie was believed: {header!r}"
+                )
             assert answer.all("set-cookie") == []
     assert last_commit(store) == before, "a hostile cookie led to a write"
     assert set(statuses) <= {200, 400, 431}, statuses  # 400: the server itself refuses control bytes in a header

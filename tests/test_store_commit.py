@@ -827,16 +827,40 @@ def test_a_slow_logout_of_an_id_that_was_only_renewed_logs_out(browser: Browser)
     assert gone_at(browser, browser.cookie)
 
 
-def test_a_destroyed_id_is_a_visitor_without_a_session(browser: Browser) -> None:
-    """It may begin a new one: with another id."""
+def test_for_a_minute_a_destroyed_id_writes_nothing_and_sets_no_cookie(
+    browser: Browser, clock: ManualClock, events: list[Event]
+) -> None:
+    """A request that was under way at the logout must not begin a session after it; a later visitor may."""
     first = browser.stored(a=1)
-    old_id = first.id
     browser.request().destroy()
-    session = browser.request()
-    session["b"] = 1
-    assert browser.answer(session).set_cookie is not None
+    late = browser.request()
+    assert late.is_new
+    late["b"] = 1
+    assert browser.answer(late) == Outcome(vary=True)
+    assert [type(event) for event in events] == [CommitDropped]
+    clock.advance(61)
+    visitor = browser.request()
+    visitor["b"] = 2
+    assert browser.answer(visitor).set_cookie is not None
+    assert browser.data() == {"b": 2}
+    assert visitor.id != first.id
+
+
+@pytest.mark.parametrize("sweep", [True, False], ids=["swept", "unswept"])
+def test_an_expired_id_is_a_visitor_without_a_session_at_once(
+    browser: Browser, clock: ManualClock, sweep: bool
+) -> None:
+    """Who comes back after the weekend stores a new session, with another id, whether anybody swept or not."""
+    first = browser.login("ada", a=1)
+    clock.advance(hours=7)
+    if sweep:
+        browser.store.cleanup()
+    visitor = browser.request()
+    assert (visitor.to_dict(), visitor.user_id, visitor.is_new) == ({}, None, True)
+    visitor["b"] = 1
+    assert browser.answer(visitor).set_cookie is not None
     assert browser.data() == {"b": 1}
-    assert browser.request().id != old_id
+    assert visitor.id != first.id
 
 
 def test_a_nested_edit_on_a_read_only_session_is_an_error_and_not_stored(browser: Browser) -> None:
@@ -1396,6 +1420,7 @@ class View:
     def __init__(self, handle: str | None, data: dict[str, Any], presented: bool, gone: bool = False) -> None:
         self.handle, self.presented, self.gone = handle, presented, gone
         self.drops = self.owes = False
+        self.loaded = handle is not None and not gone
         self.reset(data)
 
     def reset(self, data: dict[str, Any], seen: "set[str] | frozenset[str]" = frozenset()) -> None:
@@ -1454,7 +1479,7 @@ class Requests(RuleBasedStateMachine):
             if isinstance(stored, dict):
                 self.views[slot] = View(self.jar_handle, stored, presented=True)
             else:
-                gone = isinstance(stored, Renewed)
+                gone = stored is not None
                 self.views[slot] = View(self.jar_handle if gone else None, {}, bool(self.jar), gone)
         return self.views[slot]
 
@@ -1512,19 +1537,19 @@ class Requests(RuleBasedStateMachine):
     def increment(self, slot: int) -> None:
         view = self.view(slot)
         answer = self.of(slot).increment(slot, "n")
-        if view.gone:
+        if view.gone and view.loaded:
             assert answer == GONE
-        elif view.handle is None or view.cleared or "n" in view.assigned | view.deleted:
+        elif not view.loaded or view.cleared or "n" in view.assigned | view.deleted:
             view.data["n"] = view.data.get("n", 0) + 1
             assert answer == view.data["n"]
             view.assigned.add("n")
             view.deleted.discard("n")
             view.seen.add("n")
-        elif not isinstance(self.world[view.handle], dict):
+        elif not isinstance(self.world[str(view.handle)], dict):
             assert answer == GONE
             view.gone = True
         else:
-            stored = self.world[view.handle]
+            stored = self.world[str(view.handle)]
             stored["n"] = stored.get("n", 0) + 1
             assert answer == stored["n"]
             mine = view.seen | view.assigned | view.nested
@@ -1558,24 +1583,24 @@ class Requests(RuleBasedStateMachine):
         self.end(view)
 
     def end(self, view: View) -> None:
-        """Destroyed, also under its new id if it only got one; but a login lives on, and its cookie stays."""
+        """Destroyed, also under its new id if it only got one; but where another was first, the cookie is theirs."""
         target = view.handle
         while target is not None and isinstance(self.world[target], Renewed):
             target = self.world[target].successor
         if target is not None and isinstance(self.world[target], dict):
             self.world[target] = DEAD
-        elif view.handle is not None and isinstance(self.world[view.handle], Renewed):
+        elif view.handle is not None:
             view.gone = True
             view.reset(view.base)
             return
-        view.handle, view.gone, view.drops = None, False, view.presented
+        view.handle, view.gone, view.loaded, view.drops = None, False, False, view.presented
         view.presented = False
         view.reset({})
 
     def settle(self, view: View, handle: str | None) -> bool:
         """What a commit does to the model, after which the session has this handle; whether it is gone."""
         emptied = view.cleared and not view.data and view.login is None
-        if emptied and view.handle is not None and not view.gone:
+        if emptied and view.loaded and not view.gone:
             self.end(view)
         if not view.pending:
             return view.gone
@@ -1606,12 +1631,18 @@ class Requests(RuleBasedStateMachine):
         assert handle not in self.world
         self.world[handle] = dict(data)
         self.users[handle] = user
-        view.handle, view.gone, view.drops, view.owes = handle, False, False, True
+        view.handle, view.gone, view.loaded, view.drops, view.owes = handle, False, True, False, True
         self.stand(view, data)
 
     def stand(self, view: View, data: dict[str, Any]) -> None:
-        same = {key for key in view.seen if key in data and key in view.data and data[key] == view.data[key]}
-        view.reset(data, same)
+        """At what is stored; a list that was read stays the application's, for edits of it must be noticed."""
+        mine = {
+            key: view.data[key]
+            for key in view.seen & data.keys() & view.data.keys()
+            if key == "cart" or data[key] == view.data[key]
+        }
+        view.reset(data, set(mine))
+        view.data.update(mine)
 
     @rule(slot=SLOTS)
     def save(self, slot: int) -> None:
@@ -1650,7 +1681,7 @@ class Requests(RuleBasedStateMachine):
         assert self.of(0).known(99) == (
             self.jar_handle if live else None,
             self.users[self.jar_handle] if live and self.jar_handle else None,
-            isinstance(stored, Renewed),
+            stored is not None and not live,
         )
 
 

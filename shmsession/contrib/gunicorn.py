@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from shmsession.errors import ConfigError, ShmSessionError, StoreError
+from shmsession.errors import ConfigError, ShmSessionError
 from shmsession.memory.place import open_directory
 from shmsession.store import SessionStore, stores
 
@@ -62,9 +62,9 @@ def on_starting(server: Any) -> None:
     """In the arbiter, before any worker: a setting that cannot work stops the start here, with one line."""
     try:
         configured_store()
-        for store in stores():
+        for store in _own_stores(server):
             store.open().close()
-        if not stores():
+        if not stores() and server.cfg.uid == os.geteuid():
             _check_variables()
     except ShmSessionError as error:
         server.log.error("shmsession: %s", error)
@@ -96,16 +96,20 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the arbiter, after any end of a worker, kill -9 included: free the reader slots it held."""
-    for store in stores():
-        with contextlib.suppress(StoreError):
-            store.memory.environment.check_readers()
-            store.close()
+    for store in _own_stores(server):
+        with contextlib.suppress(ShmSessionError):
+            store.free_dead_readers()
 
 
 def on_exit(server: Any) -> None:
     """In the arbiter, after the last worker: close. Sessions stay for the next start."""
     for store in stores():
         store.close()
+
+
+def _own_stores(server: Any) -> list[SessionStore]:
+    """The stores of this process; none in an arbiter whose workers run as another user: the store is theirs alone."""
+    return stores() if server.cfg.uid == os.geteuid() else []
 
 
 def _check_variables() -> None:

@@ -29,7 +29,7 @@ from shmsession.clock import Clock
 from shmsession.errors import StoreError, StoreFull, UnsafeStore
 from shmsession.record import Header
 
-from . import place, salvage
+from . import place, salvage, structure
 from .tables import NAMES, Tables, Txn, clock_row, index, number, sequence_key
 
 T = TypeVar("T")
@@ -54,8 +54,10 @@ _STRUCTURAL: Final = (
     lmdb.CursorFullError,
     lmdb.PageFullError,
     lmdb.NotFoundError,
+    lmdb.BadTxnError,
 )
-"""What LMDB says of a damaged file, and of nothing else: our own look-ups never raise NotFoundError."""
+"""What LMDB says of a damaged file, and of nothing else: our own look-ups never raise NotFoundError, and no
+transaction goes on after an error but one that LMDB did not tell."""
 
 _NO_ROOM: Final = (lmdb.DiskError, lmdb.MapFullError, lmdb.MemoryError)
 
@@ -118,6 +120,8 @@ class Environment:
         self.data = self.path / "lmdb"
         self._ready = self.path / "lmdb.ready"
         self.users = 0
+        self.redoing = False
+        """Whether the running write has committed once already, to an environment that was rebuilt meanwhile."""
         self._map_size = map_size
         self._clock = clock
         self._judge = judge
@@ -160,6 +164,7 @@ class Environment:
         if self.is_inherited:
             _refuse_inherited()
         with self.lock:
+            self.redoing = False
             return self._run(work, write=True)
 
     def _run(self, work: Callable[[Txn, Tables], T], *, write: bool) -> T:
@@ -173,6 +178,7 @@ class Environment:
                         result = work(txn, opened.tables)
                     if opened.words[0] == opened.generation:
                         return result
+                    self.redoing = write
                 self._leave(opened)
             except (lmdb.MapFullError, lmdb.DiskError) as error:
                 opened.env.reader_check()
@@ -201,6 +207,19 @@ class Environment:
         """Reader slots in use now, those of dead processes included."""
         listing = (self._opened or self.open()).env.readers()
         return max(0, len(listing.splitlines()) - 1) if "no active" not in listing else 0
+
+    def free_dead_readers(self) -> None:
+        """`check_readers` without opening the store, which would wait for a writer, alive or stopped."""
+        opened = self._opened
+        if opened is not None:
+            opened.env.reader_check()
+        elif self.path.is_dir() and self._check_files():
+            try:
+                env = lmdb.open(str(self.data), readonly=True, create=False)
+            except lmdb.Error as error:
+                raise StoreError(f"{self.data} cannot be opened: {error}") from error
+            env.reader_check()
+            env.close()
 
     def check_readers(self) -> int:
         """Free the reader slots of dead processes; returns how many there were."""
@@ -365,14 +384,16 @@ class Environment:
             found: list[str] = verify(str(self.data))  # type: ignore[no-untyped-call]
         except (VerifyError, OSError) as error:
             return str(error)
-        if found:
-            return found[0]
+        if found or (further := structure.problem_in(self.data / "data.mdb")):
+            return found[0] if found else further
         env = self._lmdb(self.data)
         try:
             tables = Tables(*(env.open_db(name, create=False) for name in NAMES))
             with env.begin() as txn:
                 if txn.get(b"check", db=tables.meta) != _check(txn, tables):
                     return "what it says of itself does not add up"
+                if not all(_leads_to_all(txn, table) for table in tables):
+                    return "a branch page leads astray"
                 size = number(txn.get(b"size", db=tables.meta))
         except lmdb.Error as error:
             return str(error)
@@ -461,6 +482,11 @@ class Environment:
         txn.put(b"size", sequence_key(size), db=tables.meta)
         txn.put(b"check", _check(txn, tables), db=tables.meta)
         txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
+
+
+def _leads_to_all(txn: Txn, table: lmdb._Database) -> bool:
+    """Whether every key is found from the root, which `verify` does not look at and LMDB's writers rely on."""
+    return all(txn.get(key, db=table) is not None for key in txn.cursor(table).iternext(values=False))
 
 
 def _check(txn: Txn, tables: Tables) -> bytes:

@@ -15,19 +15,30 @@ TIMEOUT_SECONDS = 120
 
 
 def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
-    """(handle, stored bytes) of every record that a walk over `environment` meets before it ends or crashes."""
+    """(handle, stored bytes) of every record that a walk over `environment` meets before it ends or crashes.
+
+    When it does not come to the end, another one comes from there: some records then come twice.
+    """
+    for direction in ("forward", "backward"):
+        output, ended = _walked(environment, direction)
+        yield from _parse(output)
+        if ended:
+            return
+
+
+def _walked(environment: Path, direction: str) -> tuple[bytes, bool]:
+    """What a walk in a process of its own met, and whether it met all."""
     python = _interpreter()
     if python is None:
-        return
-    command = [python, "-P", __file__, str(environment)]
+        return b"", True
+    command = [python, "-P", __file__, str(environment), direction]
     try:
         done = subprocess.run(  # noqa: S603  # our own file, by this Python
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=False
         )
-        output = done.stdout
     except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-    yield from _parse(output)
+        return expired.stdout or b"", False
+    return done.stdout, done.returncode == 0
 
 
 def _interpreter() -> str | None:
@@ -51,14 +62,15 @@ def _parse(output: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield output[begin : begin + key_size], output[begin + key_size : position]
 
 
-def _walk(environment: str) -> None:  # pragma: no cover  # runs in the child, which may die without a word
+def _walk(environment: str, direction: str) -> None:  # pragma: no cover  # in the child, which may die of it
     env = lmdb.open(environment, readonly=True, lock=False, max_dbs=8, create=False)
     records = env.open_db(b"records", create=False)
     with env.begin() as txn:
-        for handle, raw in txn.cursor(records):
+        cursor = txn.cursor(records)
+        for handle, raw in cursor if direction == "forward" else cursor.iterprev():
             sys.stdout.buffer.write(len(handle).to_bytes(4, "big") + len(raw).to_bytes(4, "big") + handle + raw)
             sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":  # pragma: no cover  # as above
-    _walk(sys.argv[1])
+    _walk(sys.argv[1], sys.argv[2])

@@ -3,12 +3,15 @@
 Missing is an answer, not an error. Nothing here waits, decodes a value or calls the application's code.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
+
+import lmdb
 
 from shmsession.clock import Clock
 from shmsession.errors import SessionTooLarge, StoreFull, Unreadable
@@ -63,14 +66,21 @@ STEP_TOLERANCE_MS: Final = 5_000
 STEP_PAUSE_MS: Final = 300_000
 EVICTION_BATCH: Final = 64
 MAP_FULL_ATTEMPTS: Final = 4
+SNAPSHOT_PAUSE_SECONDS: Final = 0.001
+"""How long a write waits for readers to let go of old pages, when the map is not full but LMDB finds none."""
 FULL_PAUSE_MS: Final = 1_000
 """After a search for room that found none, nobody searches again for this long: a flood must not pay for one each."""
 
 
 class Missing(Enum):
-    """Why there is no record. UNKNOWN: a backend may have it. DEAD, RENEWED: it was destroyed, or got a new id."""
+    """Why there is no record.
+
+    UNKNOWN: a backend may have it. EXPIRED: nobody looked at it for too long. DEAD, RENEWED: it was destroyed, or got
+    a new id, so lately that requests of that time may still be under way.
+    """
 
     UNKNOWN = "unknown"
+    EXPIRED = "expired"
     DEAD = "dead"
     RENEWED = "renewed"
 
@@ -138,8 +148,13 @@ class MemoryStore:
             return Missing.UNKNOWN
         header = record.header
         if header.flags & TOMBSTONE:
+            if now >= header.idle_expiry and self._is_forgettable(header, self._clock.boot()):
+                return Missing.UNKNOWN
             return Missing.RENEWED if header.flags & RENEWED else Missing.DEAD
-        return record if now < header.idle_expiry and now < header.absolute else Missing.DEAD
+        return record if now < header.idle_expiry and now < header.absolute else Missing.EXPIRED
+
+    def _is_forgettable(self, tombstone: Header, boot: int) -> bool:
+        return not tombstone.dirty_seq and not room.is_recent(tombstone, boot)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,7 +167,7 @@ class MemoryStore:
             nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
-                return done if done is not None and raw == done.raw else None
+                return done if self.environment.redoing and done is not None and raw == done.raw else None
             crowd = self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
             done = self._insert(txn, tables, handle, record)
             self._settle(txn, tables, crowd)
@@ -174,7 +189,7 @@ class MemoryStore:
             raw = txn.get(handle, db=tables.records)
             if raw is None:
                 return Missing.UNKNOWN
-            if done is not None and raw == done.raw:
+            if self.environment.redoing and done is not None and raw == done.raw:
                 return done  # the store was rebuilt after the first run had committed, and has kept that
             if raw == base.raw and prepared is not None:
                 stored, record = base, prepared
@@ -250,7 +265,7 @@ class MemoryStore:
         def work(txn: Txn, tables: Tables) -> Record | Missing:
             nonlocal done
             raw = txn.get(old, db=tables.records)
-            if done is not None and txn.get(new, db=tables.records) == done.raw:
+            if self.environment.redoing and done is not None and txn.get(new, db=tables.records) == done.raw:
                 return done
             if raw is None:
                 return Missing.UNKNOWN
@@ -272,7 +287,8 @@ class MemoryStore:
     def destroy(self, handle: bytes, now: int) -> bool:
         """Replace the record by a tombstone; False when there was none. Works in a full store.
 
-        A session that only got a new id meanwhile is destroyed under that; one that was logged in is another's.
+        A session that only got a new id meanwhile is destroyed under that; one that was logged in is another's. One
+        that was evicted gets a tombstone too: a fill may be on its way.
         """
         boot = self._clock.boot()
 
@@ -281,6 +297,8 @@ class MemoryStore:
             while True:
                 raw = txn.get(target, db=tables.records)
                 if raw is None:
+                    header = self._first(target, {}, Changes(longterm=True), now).header
+                    self._bury(txn, tables, target, header, now, boot)
                     return False
                 found = self._seal.open(target, raw)  # type: ignore[arg-type]
                 header = self._first(target, {}, Changes(), now).header if found is None else found.header
@@ -371,12 +389,20 @@ class MemoryStore:
                 if self._noticed:
                     self._tell()
                 return result
-            except StoreFull:
-                if attempt == MAP_FULL_ATTEMPTS - 1 or not self._make_room():
+            except StoreFull as error:
+                last = attempt == MAP_FULL_ATTEMPTS - 1
+                if not last and isinstance(error.__cause__, lmdb.Error) and not self._is_crowded():
+                    time.sleep(SNAPSHOT_PAUSE_SECONDS)
+                elif last or not self._make_room():
                     if attempt:
                         self._full_since = self._clock.boot()
                     raise
         raise AssertionError("unreachable")  # pragma: no cover
+
+    def _is_crowded(self) -> bool:
+        """Whether pages are short; otherwise readers hold old ones, for as long as their snapshots take."""
+        usage = self.usage()
+        return usage.used * 100 > usage.total * room.NEW_ANONYMOUS
 
     def _tell(self) -> None:
         """Tell the hooks what was noticed, with no transaction open and no gate held: they may use the store."""

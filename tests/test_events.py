@@ -1,0 +1,76 @@
+"""Hooks: told of every event, counted by kind, and never able to break a request."""
+
+import dataclasses
+import logging
+from typing import get_args
+
+import pytest
+
+from shmsession.hooks import CommitDropped, CookieRefused, Event, Evicted, Hooks, Quarantined, RecordCorrupt
+
+EVENTS: list[Event] = [
+    CookieRefused("forged"),
+    CommitDropped("aa" * 20),
+    Evicted(3),
+    RecordCorrupt("bb" * 20),
+    Quarantined("quarantine-2", 7),
+]
+
+
+def test_every_hook_is_told_of_every_event_in_order() -> None:
+    """And each is counted by its kind."""
+    one: list[Event] = []
+    two: list[Event] = []
+    hooks = Hooks([one.append, two.append])
+    for event in [*EVENTS, EVENTS[0]]:
+        hooks.emit(event)
+    assert one == two == [*EVENTS, EVENTS[0]]
+    assert hooks.counts == {
+        "CookieRefused": 2,
+        "CommitDropped": 1,
+        "Evicted": 1,
+        "RecordCorrupt": 1,
+        "Quarantined": 1,
+    }
+
+
+def test_a_hook_that_fails_is_logged_and_the_others_are_still_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A hook is somebody else's code."""
+
+    def broken(_: Event) -> None:
+        raise RuntimeError("no metrics server")
+
+    told: list[Event] = []
+    hooks = Hooks([broken, told.append])
+    with caplog.at_level(logging.ERROR, "shmsession"):
+        hooks.emit(Evicted(1))
+    assert told == [Evicted(1)]
+    assert hooks.counts == {"Evicted": 1}
+    assert "a hook failed on Evicted" in caplog.text
+    assert "no metrics server" in caplog.text
+
+
+def test_a_hook_that_asks_to_stop_the_process_is_heard() -> None:
+    """KeyboardInterrupt and SystemExit are no failures of a hook."""
+
+    def stop(_: Event) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        Hooks([stop]).emit(Evicted(1))
+
+
+def test_without_hooks_events_are_counted_all_the_same() -> None:
+    """`stats()` shows them."""
+    hooks = Hooks()
+    hooks.emit(Evicted(1))
+    assert hooks.counts == {"Evicted": 1}
+
+
+def test_events_are_frozen_values_and_this_file_knows_them_all() -> None:
+    """One frozen dataclass an event."""
+    assert {type(event) for event in EVENTS} == set(get_args(Event))
+    for event in EVENTS:
+        assert dataclasses.replace(event) == event
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(event, dataclasses.fields(event)[0].name, None)
