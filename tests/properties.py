@@ -30,10 +30,10 @@ def examples(full: int, suite: int) -> Callable[[F], F]:
     return decorate
 
 
-def machine_settings(full: int, suite: int, steps: int) -> settings:
+def machine_settings(total: int, steps: int) -> settings:
     """The same for a state machine."""
     return settings(
-        max_examples=size(full, suite),
+        max_examples=total,
         stateful_step_count=steps,
         deadline=None,
         database=None,

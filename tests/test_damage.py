@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -20,7 +20,7 @@ from shmsession.errors import StoreError
 from shmsession.hooks import Event, Quarantined
 from shmsession.memory import salvage
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.memory.tables import index
+from shmsession.memory.tables import Tables, index
 from shmsession.record import Changes, Record
 from tests.figures import SEED, report, rng, size
 from tests.memory import (
@@ -223,9 +223,10 @@ def test_mutated_files_yield_nothing_that_was_never_committed_and_serve_again(pl
         (base / DATA).write_bytes(mutated)
         try:
             found, again, events = child.ask("next")
-        except (Died, BrokenPipeError):
+        except (Died, BrokenPipeError, AssertionError) as error:
             died += 1
-            failure = failure or f"file {number}, {mutation.__name__}: status {child.wait()}"
+            failure = failure or f"file {number}, {mutation.__name__}: status {child.wait()}, {error}"
+            child.wait()
             child = Child(_serve(base, keys))
             continue
         wrong = [key.hex() for key, data in found.items() if data not in history[key]]
@@ -432,13 +433,14 @@ def test_rows_of_an_index_that_lead_nowhere_harm_nothing(place: Path) -> None:
         create(store, handle(2), "b")
         header = header_of(store, handle(1))
         assert header is not None
-        store.environment.write(
-            lambda txn, tables: (
-                index(txn, tables, handle(9), header._replace(idle_expiry=1, dirty_seq=0)),
-                txn.put(b"\0" * 40, b"", db=tables.expiry),
-                txn.put(b"\0" * 60, b"", db=tables.expiry),
-            )
-        )
+        lost = header._replace(idle_expiry=1, dirty_seq=0)
+
+        def work(txn: lmdb.Transaction, tables: Tables) -> None:
+            index(txn, tables, handle(9), lost)
+            txn.put(b"\0" * 40, b"", db=tables.expiry)
+            txn.put(b"\0" * 60, b"", db=tables.expiry)
+
+        store.environment.write(work)
         assert len(contents(store).expiry) == 5
         store.evict()
         store.sweep(SystemClock().now())

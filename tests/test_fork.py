@@ -8,9 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lmdb
 import pytest
@@ -19,7 +18,7 @@ from shmsession.clock import SystemClock
 from shmsession.errors import UnsafeStore
 from shmsession.memory import environment as environments
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.store import SessionStore
+from shmsession.memory.tables import index
 from shmsession.testing import make_store
 from tests.figures import report, size
 from tests.memory import (
@@ -39,6 +38,8 @@ from tests.memory import (
     wait_until,
 )
 
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
 
 PAUSE = 0.0002
 """Between two operations of a busy thread: threads that never pause starve each other of the interpreter's lock."""
@@ -95,7 +96,13 @@ def test_children_of_children_work(store: MemoryStore) -> None:
 def test_the_end_of_a_child_disturbs_no_reader_of_the_parent(store: MemoryStore) -> None:
     """Not even one that ends through the interpreter's own end."""
     create(store, handle(1), "a")
-    with Child(lambda channel: (value_of(store, handle(1)), store.close(), channel.send("closed"))) as child:
+
+    def leave(channel: Channel) -> None:
+        value_of(store, handle(1))
+        store.close()
+        channel.send("closed")
+
+    with Child(leave) as child:
         assert child.channel.receive() == "closed"
         hold_a_snapshot(store)
         child.wait()
@@ -170,9 +177,9 @@ def test_forks_in_the_midst_of_busy_readers_and_writers_lose_no_commit(base: Pat
         for thread in threads:
             thread.join()
     assert failures == []
-    for thread, numbers in enumerate(written):
+    for writer, numbers in enumerate(written):
         for number in numbers[-30:]:
-            assert value_of(store, handle((thread + 1) * 10**6 + number)) == number
+            assert value_of(store, handle((writer + 1) * 10**6 + number)) == number
     check_tables(store)
     report("Forks with busy threads", forks=forks, commits=sum(map(len, written)))
 
@@ -184,10 +191,10 @@ def _make_room(store: MemoryStore) -> None:
         txn.drop(tables.expiry, delete=False)
         for key in list(txn.cursor(tables.records).iternext(values=False)):
             raw = txn.get(key, db=tables.records)
-            record = store._seal.open(bytes(key), bytes(raw))
+            record = store._seal.open(bytes(key), bytes(raw or b""))
             assert record is not None
             if record.data:
-                environments.index(txn, tables, bytes(key), record.header)
+                index(txn, tables, bytes(key), record.header)
             else:
                 txn.delete(key, db=tables.records)
 
@@ -398,10 +405,12 @@ def test_such_a_child_is_refused_even_while_a_thread_of_the_parent_held_the_lock
 
     def child(channel: Channel) -> None:
         signal.alarm(30)
-        channel.send([
-            refusal(lambda: create(store, handle(2), "child"), UnsafeStore),
-            refusal(lambda: value_of(store, handle(1)), UnsafeStore),
-        ])
+        channel.send(
+            [
+                refusal(lambda: create(store, handle(2), "child"), UnsafeStore),
+                refusal(lambda: value_of(store, handle(1)), UnsafeStore),
+            ]
+        )
 
     with Child(child, fork_past_python) as refused:
         messages = refused.channel.receive()
@@ -412,7 +421,7 @@ def test_such_a_child_is_refused_even_while_a_thread_of_the_parent_held_the_lock
 
 
 def test_a_session_store_says_it_too(place: Path) -> None:
-    store: SessionStore = make_store(place / "base", None, map_size=1 << 20)
+    store = make_store(place / "base", None, map_size=1 << 20)
     session = store.session()
     session["n"] = 1
     session.save()

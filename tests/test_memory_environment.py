@@ -158,9 +158,7 @@ def test_sessions_survive_the_death_of_all_processes(base: Path) -> None:
 def test_a_store_made_by_a_newer_version_is_refused_and_left_as_it_is(store: MemoryStore, base: Path) -> None:
     create(store, handle(1), "a")
     put_meta(store, b"format", environments.STORE_FORMAT + 1)
-    store.environment.write(
-        lambda txn, tables: txn.put(b"check", environments._check(txn, tables), db=tables.meta)
-    )
+    store.environment.write(lambda txn, tables: txn.put(b"check", environments._check(txn, tables), db=tables.meta))
     before = (base / "test/lmdb/data.mdb").read_bytes()
     store.close()
     again = memory_store(base)

@@ -33,6 +33,7 @@ from shmsession.testing import ManualClock
 from tests.memory import (
     HOUR,
     KEYRING,
+    LIFETIMES,
     SECOND,
     check_tables,
     closing,
@@ -111,8 +112,23 @@ def test_an_unknown_handle_is_unknown_and_nothing_is_written(store: MemoryStore,
     assert store.update(A, base, sets(n=1), clock.now()) is Missing.UNKNOWN
     assert store.touch(A, base, clock.now()) is Missing.UNKNOWN
     assert store.renew(A, C, base, sets(n=1), clock.now(), None, login=False) is Missing.UNKNOWN
-    assert store.destroy(A, clock.now()) is False
     assert contents(store) == before
+
+
+def test_a_session_that_was_evicted_can_be_destroyed_and_no_fill_brings_it_back(
+    store: MemoryStore, clock: ManualClock
+) -> None:
+    base = created(store, clock, n=1)
+    clock.advance(61)
+    assert store.evict() == 1
+    missed = clock.boot()
+    assert store.destroy(A, clock.now()) is False
+    assert store.load(A, clock.now()) is Missing.DEAD
+    assert store.fill(A, base.header, base.data, missed) is Missing.DEAD
+    header = header_of(store, A)
+    assert header is not None
+    assert header.horizon >= clock.now() + LIFETIMES.longterm, "of all that it may have been, the longest"
+    check_tables(store)
 
 
 def test_create_never_replaces(store: MemoryStore, clock: ManualClock) -> None:
@@ -268,7 +284,7 @@ def test_a_session_ends_at_its_expiry_whether_somebody_sweeps_or_not(
     if swept:
         assert store.sweep(clock.now()) == 1
         assert contents(store).records == {}
-    gone = Missing.UNKNOWN if swept else Missing.DEAD
+    gone = Missing.UNKNOWN if swept else Missing.EXPIRED
     assert store.load(A, clock.now()) is gone
     assert store.update(A, base, sets(n=2), clock.now()) is gone
     assert store.renew(A, B, base, sets(n=2), clock.now(), None, login=False) is gone
@@ -489,7 +505,7 @@ def test_with_a_backend_nothing_that_changed_within_60_s_is_forgotten(place: Pat
         clock.advance(59)
         assert store.sweep(clock.now()) == 0
         older = record.header._replace(version=0, idle_expiry=clock.now() + HOUR)
-        assert store.fill(A, older, record.data, clock.boot()) is Missing.DEAD
+        assert store.fill(A, older, record.data, clock.boot()) is Missing.EXPIRED
         clock.advance(2)
         assert store.sweep(clock.now()) == 1
 
@@ -582,8 +598,8 @@ def test_a_tombstone_stays_for_60_s_and_is_then_forgotten(store: MemoryStore, cl
     assert store.sweep(clock.now()) == 0
     assert store.load(A, clock.now()) is Missing.DEAD
     clock.advance(0.001)
+    assert store.load(A, clock.now()) is Missing.UNKNOWN, "whether somebody sweeps or not"
     assert store.sweep(clock.now()) == 1
-    assert store.load(A, clock.now()) is Missing.UNKNOWN
     assert contents(store)[:4] == ({}, set(), {}, set())
 
 
@@ -625,7 +641,6 @@ def test_without_a_backend_only_anonymous_sessions_are_evicted_soonest_to_end_fi
     assert store.evict() == 1
     assert store.evict() == 0
     assert store.load(handle(10), clock.now()) == login
-    assert store.load(handle(3), clock.now()) is Missing.DEAD
     check_tables(store)
 
 
@@ -671,7 +686,7 @@ def test_a_step_that_is_taken_back_costs_no_session(store: MemoryStore, clock: M
     base = created(store, clock, n=1)
     clock.step(+86400)
     store.sweep(clock.now())
-    assert store.load(A, clock.now()) is Missing.DEAD
+    assert store.load(A, clock.now()) is Missing.EXPIRED
     clock.step(-86400)
     store.sweep(clock.now())
     assert store.load(A, clock.now()) == base
@@ -728,6 +743,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.fresh = 100
 
     def teardown(self) -> None:
+        self.store.environment.close()
+        assert self.store.environment._problem() is None, "a healthy file is taken for a damaged one"
         self.store.close()
         self.directory.cleanup()
 
@@ -738,10 +755,17 @@ class AnyOrder(RuleBasedStateMachine):
     def _expired(self, key: bytes) -> bool:
         return key in self.live and self.clock.now() >= self.live[key].header.expires
 
+    def _is_forgotten(self, key: bytes) -> bool:
+        """Whether a tombstone has said long enough what it says; one that a backend has not heard of never has."""
+        if key not in self.dead or self.clock.boot() - self.dead[key][1] < 60_000:
+            return False
+        header = header_of(self.store, key)
+        return header is not None and not header.dirty_seq
+
     def _expected(self, key: bytes) -> Record | Missing:
         if key in self.dead:
-            return self.dead[key][0]
-        return Missing.DEAD if self._expired(key) else self.live.get(key, Missing.UNKNOWN)
+            return Missing.UNKNOWN if self._is_forgotten(key) else self.dead[key][0]
+        return Missing.EXPIRED if self._expired(key) else self.live.get(key, Missing.UNKNOWN)
 
     def _took(self, most: int) -> None:
         now = transactions(self.store)
@@ -832,6 +856,8 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.store.destroy(key, self.clock.now()) == (target in self.live)
         if target in self.live:
             self._bury(target, Missing.DEAD)
+        elif target not in self.dead:
+            self.dead[target] = (Missing.DEAD, self.clock.boot())
         self._took(1)
 
     @precondition(lambda self: self.loaded)
@@ -840,7 +866,11 @@ class AnyOrder(RuleBasedStateMachine):
         key, base = data.draw(st.sampled_from(self.loaded[-6:]))
         header = base.header._replace(version=max(0, base.header.version + newer))
         expected, known = self._expected(key), self.live.get(key)
+        forgotten = age <= 30_000 and self._is_forgotten(key)
         answer = self.store.fill(key, header, base.data, self.clock.boot() - age)
+        if forgotten:
+            self.dead.pop(key)
+            self.successors.pop(key, None)
         if age > 30_000:
             assert answer is None
         elif key in self.dead or self._expired(key):
@@ -867,6 +897,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert not self.live.pop(key).header.dirty_seq
             else:
                 assert self.clock.boot() - self.dead.pop(key)[1] >= 60_000
+                self.successors.pop(key, None)
         for key in [key for key, record in self.live.items() if record.header.dirty_seq and self._expired(key)]:
             header = header_of(self.store, key)
             assert header is not None

@@ -257,7 +257,7 @@ def _touched(changes: Changes) -> set[Any]:
     return set(changes.set) | set(changes.deleted)
 
 
-@examples(50_000, 500)
+@examples(10_000, 500)
 @given(st.dictionaries(NAMES, st.binary(max_size=3)), CHANGES, CHANGES)
 def test_changes_of_different_keys_commute_and_both_survive(base: Data, one: Changes, other: Changes) -> None:
     """Two requests that change different keys: whichever commits first, the result is the same."""
@@ -274,7 +274,7 @@ def test_changes_of_different_keys_commute_and_both_survive(base: Data, one: Cha
     assert stored == base
 
 
-@examples(50_000, 500)
+@examples(10_000, 500)
 @given(st.dictionaries(NAMES, st.binary(max_size=3)), CHANGES)
 def test_merging_is_what_a_dict_would_do_and_leaves_the_old_one_alone(base: Data, changes: Changes) -> None:
     """Cleared, then deleted, then set; merging twice is merging once."""

@@ -21,7 +21,6 @@ from shmsession.memory.store import MemoryStore, Missing
 from shmsession.memory.tables import Tables, Txn, sequence_key
 from shmsession.record import TOMBSTONE, Header, Record
 from shmsession.session import Session
-from shmsession.store import SessionStore
 from shmsession.testing import ManualClock, make_store
 from tests.figures import report, rng, size
 from tests.memory import check_tables
@@ -66,7 +65,7 @@ class World:
 
     def __init__(self, directory: Path, *, backend: bool) -> None:
         self.clock = ManualClock()
-        self.store: SessionStore = make_store(directory, self.clock)
+        self.store = make_store(directory, self.clock)
         if backend:
             config = self.store.config
             self.store._memory = MemoryStore(
@@ -264,7 +263,9 @@ class Run:
 
         A backend that was asked after the death would say so: a fresh miss is at the latest of the moment before.
         """
-        missed = min(self.clock.boot(), self.dead.get(self.handle, self.clock.boot())) if self.variant.fresh else self.began
+        missed = (
+            min(self.clock.boot(), self.dead.get(self.handle, self.clock.boot())) if self.variant.fresh else self.began
+        )
         self.memory.fill(self.handle, self.start.header, self.start.data, missed)
 
     def end(self, request: Request, key: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from flask import Flask
 from flask import request as flask_request
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from starlette.requests import HTTPConnection, Request
 
 from shmsession import session as session_module
@@ -29,6 +29,7 @@ from shmsession.errors import (
 from shmsession.session import ENVIRON_KEY, Session
 from shmsession.store import SessionStore
 from shmsession.testing import login_cookie, make_store
+from tests.figures import report, size
 from tests.properties import image, machine_settings, values
 
 
@@ -197,8 +198,12 @@ class SessionAgainstDict(RuleBasedStateMachine):
         assert by_key(self.session) == by_key(self.model) == by_key(dict(self.session)) == by_key(self.session.copy())
 
 
-TestAgainstDict = SessionAgainstDict.TestCase
-TestAgainstDict.settings = machine_settings(5_000, 60, 30)
+@pytest.mark.soak
+def test_a_session_behaves_as_a_dict_does() -> None:
+    """Through commits, too."""
+    total = size(2_000, 60)
+    run_state_machine_as_test(SessionAgainstDict, settings=machine_settings(total, 30))
+    report("Session against dict", histories=total, steps_each="up to 30")
 
 
 def test_order_is_the_order_of_insertion(session: Session) -> None:

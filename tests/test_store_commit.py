@@ -29,6 +29,7 @@ from shmsession.session import Session
 from shmsession.store import Outcome, SessionStore
 from shmsession.testing import ManualClock, make_store
 from tests.commit_worker import GONE, Slots
+from tests.figures import report, size
 from tests.properties import child_environment, machine_settings
 
 HOUR = 3600
@@ -1685,8 +1686,12 @@ class Requests(RuleBasedStateMachine):
         )
 
 
-TestInterleavedRequests = Requests.TestCase
-TestInterleavedRequests.settings = machine_settings(5_000, 150, 40)
+@pytest.mark.soak
+def test_interleaved_requests_against_a_model() -> None:
+    """Three requests of one browser under way at once, whatever they do in whatever order."""
+    total = size(5_000, 150)
+    run_state_machine_as_test(Requests, settings=machine_settings(total, 40))
+    report("G2 interleaved requests against a model", histories=total, steps_each="up to 40", processes=1)
 
 
 class Worker:
@@ -1735,7 +1740,10 @@ def two_workers() -> Iterator[None]:
     _workers.clear()
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("two_workers")
 def test_interleaved_requests_of_two_processes() -> None:
     """Requests in two worker processes on one store, against the same model."""
-    run_state_machine_as_test(RequestsInTwoProcesses, settings=machine_settings(500, 25, 40))
+    total = size(1_000, 25)
+    run_state_machine_as_test(RequestsInTwoProcesses, settings=machine_settings(total, 40))
+    report("G2 interleaved requests of two processes against a model", histories=total, steps_each="up to 40")

@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import shutil
+import struct
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -382,10 +383,11 @@ class Environment:
         """What is wrong with the file, found by reading it without LMDB."""
         try:
             found: list[str] = verify(str(self.data))  # type: ignore[no-untyped-call]
-        except (VerifyError, OSError) as error:
+            problem = found[0] if found else structure.problem_in(self.data / "data.mdb")
+        except (VerifyError, OSError, struct.error) as error:
             return str(error)
-        if found or (further := structure.problem_in(self.data / "data.mdb")):
-            return found[0] if found else further
+        if problem is not None:
+            return problem
         env = self._lmdb(self.data)
         try:
             tables = Tables(*(env.open_db(name, create=False) for name in NAMES))

@@ -60,7 +60,7 @@ def _walk(descriptor: int, page_size: int, roots: list[int]) -> str | None:
         number = waiting.pop()
         page = os.pread(descriptor, page_size, number * page_size)
         flags, lower, upper = struct.unpack_from("=HHH", page, 10)
-        if flags & _LEAF2:
+        if flags & _LEAF2 or lower % 2:
             return f"page {number} is of a kind that no table here has"
         position = upper
         for node in sorted(_nodes(page, lower, branch=bool(flags & _BRANCH))):
