@@ -117,17 +117,17 @@ def load_or_create(path: Path) -> tuple[Key, ...]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"the key file {path} (SHMSESSION_KEY_FILE) cannot be read: {error.strerror}") from error
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            raise ConfigError(f"the key file {path} must be a file of uid {os.geteuid()} with mode 0600")
+            raise ConfigError(f"the key file {path} (SHMSESSION_KEY_FILE) must be a file of uid {os.geteuid()} with mode 0600")
         with os.fdopen(descriptor, "r", encoding="utf-8", errors="replace", closefd=False) as file:
             keys = parse_keys(file.read())
     finally:
         os.close(descriptor)
     if not keys:
-        raise ConfigError(f"the key file {path} holds no Key: remove it, or write what Key.generate() prints into it")
+        raise ConfigError(f"the key file {path} (SHMSESSION_KEY_FILE) holds no Key: remove it, or write what Key.generate() prints into it")
     return keys
 
 
