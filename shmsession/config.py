@@ -140,7 +140,7 @@ class SessionConfig:
     """How long a record that a backend has too stays in memory unused. Without a backend it has no effect."""
     touch_interval: timedelta = TOUCH_INTERVAL
     """Looking at a session moves its end at most this often; it may therefore end early by as much. Left alone, it is
-    never more than a tenth of `lifespan`."""
+    never more than a tenth of `lifespan` or `max_lifespan`."""
 
     map_size: int | None = _setting("MAP_SIZE", _bytes, None)
     """Bytes of shared memory. None: 256 MiB, or half of what the file system has free if that is less."""

@@ -13,7 +13,6 @@ from typing import Final, NamedTuple
 from cryptography.exceptions import InvalidTag
 
 from .config import SessionConfig
-from .errors import ConfigError
 from .ids import ID_BYTES, handle_of
 from .keyring import KEY_ID_BYTES, Keyring
 
@@ -21,8 +20,6 @@ VERSION: Final = b"\x01"
 VALUE_CHARS: Final = 92
 OPENED_COOKIES: Final = 4096
 """So many opened cookies a process remembers, refused ones included."""
-MAX_COOKIE: Final = 4096
-"""RFC 6265bis: browsers drop a cookie whose name and value are longer than this together."""
 
 _HEAD = 1 + KEY_ID_BYTES
 _TO_STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
@@ -55,8 +52,6 @@ class Cookies:
         self._alone = len(self._needle) + VALUE_CHARS
         self.open = lru_cache(OPENED_COOKIES)(self._open)
         """The ticket in a cookie's value, or the reason code of its refusal; remembered, for browsers repeat it."""
-        if len(self.name) + VALUE_CHARS > MAX_COOKIE:
-            raise ConfigError(f"cookie_name is too long: browsers drop cookies over {MAX_COOKIE} bytes")
 
     def find(self, header: bytes) -> bytes | str | None:
         """The value of this cookie in a Cookie header; None without one, a reason code with more than one."""

@@ -121,13 +121,17 @@ def load_or_create(path: Path) -> tuple[Key, ...]:
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            raise ConfigError(f"the key file {path} (SHMSESSION_KEY_FILE) must be a file of uid {os.geteuid()} with mode 0600")
+            raise ConfigError(
+                f"the key file {path} (SHMSESSION_KEY_FILE) must be a file of uid {os.geteuid()} with mode 0600"
+            )
         with os.fdopen(descriptor, "r", encoding="utf-8", errors="replace", closefd=False) as file:
             keys = parse_keys(file.read())
     finally:
         os.close(descriptor)
     if not keys:
-        raise ConfigError(f"the key file {path} (SHMSESSION_KEY_FILE) holds no Key: remove it, or write what Key.generate() prints into it")
+        raise ConfigError(
+            f"the key file {path} (SHMSESSION_KEY_FILE) holds no Key: remove it, or write what Key.generate() prints into it"
+        )
     return keys
 
 
