@@ -130,7 +130,8 @@ def load_or_create(path: Path) -> tuple[Key, ...]:
         os.close(descriptor)
     if not keys:
         raise ConfigError(
-            f"the key file {path} (SHMSESSION_KEY_FILE) holds no Key: remove it, or write what Key.generate() prints into it"
+            f"the key file {path} (SHMSESSION_KEY_FILE) holds no Key: "
+            "remove it, or write what Key.generate() prints into it"
         )
     return keys
 

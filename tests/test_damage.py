@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import lmdb
 import pytest
+from lmdb.verify import verify
 
 from shmsession.clock import SystemClock
 from shmsession.codec import encode
@@ -424,6 +425,49 @@ def test_a_truncated_file_is_rebuilt_at_its_full_size(place: Path) -> None:
     with closing(memory_store(base)) as store:
         assert value_of(store, handle(1)) == "a"
         assert store.usage().total == 256
+
+
+def _changed(base: Path, key: bytes, offset: int, change: bytes) -> None:
+    """Change the file near each copy of a key: its node's size stands 8 bytes before it."""
+    image = bytearray((base / DATA).read_bytes())
+    position = -1
+    while (position := image.find(key, position + 1)) >= 0:
+        image[position + offset : position + offset + len(change)] = change
+    (base / DATA).write_bytes(image)
+
+
+def test_a_node_that_claims_its_neighbours_bytes_is_found_before_lmdb_writes_into_them(place: Path) -> None:
+    """`verify` passes it, and the first deletion on its page would crash the process."""
+    base = place / "base"
+    with closing(memory_store(base, SystemClock())) as store:
+        _fill(store)
+        row = sorted(contents(store).expiry)[40]
+    _changed(base, row, -8, bytes([128]))
+    events: list[Event] = []
+    with closing(memory_store(base, SystemClock(), events=events)) as store:
+        assert verify(str(base / "test/lmdb")) == []  # type: ignore[no-untyped-call]
+        assert "side by side" in (store.environment._problem() or "")
+        assert _survivors(store) == [number for number in range(100) if number != 50]
+        assert [type(event) for event in events] == [Quarantined]
+        check_tables(store)
+
+
+def test_a_key_that_its_own_tree_does_not_lead_to_is_found(place: Path) -> None:
+    """The keys of the leaves are in order, but a branch page says that this one is elsewhere."""
+    base = place / "base"
+    with closing(memory_store(base, SystemClock())) as store:
+        for number in range(0, 400, 4):
+            create(store, handle(number), bytes(300))
+        keys = [handle(number) for number in range(0, 400, 4)]
+        problems = []
+        for key in keys:
+            store.environment.close()
+            image = (base / DATA).read_bytes()
+            _changed(base, key, 19, bytes([key[19] + 3]))
+            problems.append(store.environment._problem() or "")
+            (base / DATA).write_bytes(image)
+    astray = [problem for problem in problems if "astray" in problem]
+    assert len(astray) < len(keys)
 
 
 def test_rows_of_an_index_that_lead_nowhere_harm_nothing(place: Path) -> None:

@@ -39,8 +39,8 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "request_session", "resolve", "save",
-    "swap",
+    "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "request_session",
+    "resolve", "save", "swap",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 

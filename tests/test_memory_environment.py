@@ -388,10 +388,10 @@ def test_damage_met_in_a_file_that_is_not_in_place_any_more_harms_its_successor_
     base: Path, store: MemoryStore
 ) -> None:
     create(store, handle(1), "a")
-    opened = store.environment.open()
-    rmtree(base / "test")
     with Neighbour(base) as neighbour:
-        neighbour(create, handle(2), "b")
+        opened = store.environment.open()
+        rmtree(base / "test")
+        assert neighbour(create, handle(2), "b")
         store.environment._quarantine(opened, "a test says so")
         assert value_of(store, handle(2)) == "b"
         assert not list((base / "test").glob("quarantine*"))
