@@ -4,9 +4,7 @@ In the store's directory stand `attached`, mapped by every process that has the 
 and the PID namespace of those processes; a shared flock says that somebody is there), and `lmdb/`, the environment.
 """
 
-import atexit
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -577,12 +575,5 @@ def _refuse_inherited() -> NoReturn:
     )
 
 
-def _keep_inherited() -> None:
-    """Let the interpreter's end not close what the parent opened: that would free the parent's reader slots."""
-    for environment in _environments.values():
-        if environment.is_inherited:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
-
-
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-atexit.register(_keep_inherited)
+
