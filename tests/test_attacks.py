@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 from flask import Flask, request
 from starlette.applications import Starlette
@@ -342,3 +343,157 @@ def test_a_cancelled_request_drops_its_changes_and_nothing_else(store: SessionSt
 
     asyncio.run(run())
     assert visit(store, cookie).to_dict() == {"a": 1, "n": 1}
+
+
+def test_a_middleware_within_a_middleware_of_the_same_store_leaves_the_session_to_the_outer_one(
+    store: SessionStore,
+) -> None:
+    """A mounted application with a middleware of its own: one session, one cookie."""
+
+    async def login(request: Request) -> PlainTextResponse:
+        session = Session.of(request)
+        session.renew(user_id="ada")
+        return PlainTextResponse("in")
+
+    inner = Starlette(routes=[Route("/login", login)])
+    inner.add_middleware(SessionMiddleware, store=store)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        Session.of(scope)["csrf"] = "token"
+        await inner(scope, receive, send)
+
+    client = TestClient(SessionMiddleware(outer, store))
+    answer = client.get("/login")
+    assert len(answer.headers.get_list("set-cookie")) == 1
+    assert store.count() == 1
+    assert visit(store, client.cookies[store.cookies.name]).to_dict() == {"csrf": "token"}
+
+
+@pytest.mark.parametrize("end", ["destroy", "renew"])
+def test_a_request_with_an_id_that_just_ended_reads_nothing_stores_nothing_and_sets_no_cookie(
+    place: Path, end: str
+) -> None:
+    """It may be answered after a login whose cookie it must not overwrite; a minute later the id is just unknown."""
+    clock = ManualClock()
+    store = make_store(place / "s", clock)
+    cookie = stored(store, "ada", hits=41)
+    ending = visit(store, cookie)
+    getattr(ending, end)()
+    store.commit(ending)
+    late = visit(store, cookie)
+    assert late.increment("hits") == 1
+    late["x"] = 1
+    assert store.commit(late).set_cookie is None
+    assert store.count() == (end == "renew")
+    clock.advance(61)
+    later = visit(store, cookie)
+    assert later.increment("hits") == 1
+    assert store.commit(later).set_cookie is not None
+    store.close()
+
+
+def test_a_session_that_everybody_ended_gets_no_cookie_any_more(store: SessionStore) -> None:
+    session = visit(store)
+    session["a"] = 1
+    session.save()
+    store.clear()
+    session["b"] = 2
+    assert store.commit(session).set_cookie is None
+
+
+def test_cookie_headers_that_a_server_joined_with_commas_are_read(store: SessionStore) -> None:
+    """HTTP/2 clients split cookies; gunicorn joins repeated fields with a comma."""
+    cookie = stored(store, a=1)
+    seen = []
+
+    def app(environ: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
+        seen.append(Session.of(environ).get("a"))
+        start("200 OK", [])
+        return [b""]
+
+    header = f"theme=dark,{store.cookies.name}={cookie},lang=en"
+    WsgiSessionMiddleware(app, store)({"PATH_INFO": "/", "HTTP_COOKIE": header}, lambda *_: lambda _: None)
+    assert seen == [1]
+
+
+def test_a_path_beyond_ascii_is_skipped_under_wsgi_too(store: SessionStore) -> None:
+    def app(environ: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
+        seen.append("shmsession.session" in environ)
+        return []
+
+    seen: list[bool] = []
+    middleware = WsgiSessionMiddleware(app, store, skip="/über")
+    middleware({"PATH_INFO": "/über/uns".encode().decode("latin-1")}, lambda *_: lambda _: None)
+    assert seen == [False]
+
+
+def test_an_object_that_the_application_still_holds_after_save_goes_on_being_noticed(store: SessionStore) -> None:
+    cookie = stored(store, cart=["tea"])
+    socket, other = visit(store, cookie), visit(store, cookie)
+    cart = socket["cart"]
+    socket["n"] = 1
+    other["cart"].append("milk")
+    store.commit(other)
+    socket.save()
+    cart.append("cake")
+    socket.save()
+    assert visit(store, cookie)["cart"] == ["tea", "cake"]
+
+
+def test_threads_that_use_a_store_for_the_first_time_together_make_one_memory_store(place: Path) -> None:
+    for number in range(20):
+        store = make_store(place / f"s{number}")
+        barrier = threading.Barrier(6)
+        found: list[Any] = []
+
+        def use(store: SessionStore = store, barrier: threading.Barrier = barrier, found: list[Any] = found) -> None:
+            barrier.wait()
+            found.append(store.memory)
+
+        threads = [threading.Thread(target=use) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(map(id, found))) == 1
+        assert store.memory.environment.users == 1
+        store.close()
+
+
+def test_dead_readers_are_freed_without_waiting_for_a_writer(store: SessionStore) -> None:
+    """gunicorn's arbiter does it: a worker that was stopped inside a transaction must not stop the arbiter too."""
+    stored(store, a=1)
+    done, environment = threading.Event(), store.memory.environment
+    opened = environment.open()
+    with opened.env.begin(write=True):
+
+        def free() -> None:
+            store.free_dead_readers()
+            done.set()
+
+        other = threading.Thread(target=free)
+        other.start()
+        assert done.wait(30)
+    other.join()
+
+
+def test_a_retry_does_not_take_another_process_s_commit_for_its_own(store: SessionStore) -> None:
+    """Equal bytes are one's own only when the store was rebuilt between; not after a map that was full at commit."""
+    cookie = stored(store, n=0)
+    first, other = visit(store, cookie), visit(store, cookie)
+    assert first["n"] == other["n"] == 0
+    environment, run = store.memory.environment, store.memory.environment._run
+    failed: list[bool] = []
+
+    def undone_once(work: Any, *, write: bool) -> Any:
+        if write and not failed:
+            failed.append(True)
+            with pytest.raises(ZeroDivisionError):
+                run(lambda txn, tables: (work(txn, tables), 1 // 0), write=True)
+            assert other.increment("n") == 1
+            raise StoreFull("said by a test") from lmdb.MapFullError("said by a test")
+        return run(work, write=write)
+
+    environment._run = undone_once  # type: ignore[method-assign]
+    assert first.increment("n") == 2
+    assert visit(store, cookie)["n"] == 2

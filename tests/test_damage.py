@@ -458,13 +458,13 @@ def test_a_key_that_its_own_tree_does_not_lead_to_is_found(place: Path) -> None:
     base = place / "base"
     with closing(memory_store(base, SystemClock())) as store:
         for number in range(0, 250, 2):
-            create(store, handle(number), bytes(300))
+            create(store, b"k" * 19 + bytes([number]), bytes(300))
         store.environment.close()
         image = (base / DATA).read_bytes()
         problems = []
         for number in range(2, 250, 2):
             changed, position = bytearray(image), -1
-            while (position := image.find(handle(number), position + 1)) >= 0:
+            while (position := image.find(b"k" * 19 + bytes([number]), position + 1)) >= 0:
                 if image[position // PAGE * PAGE + 10] == LEAF:
                     changed[position + 19] -= 1
             (base / DATA).write_bytes(changed)

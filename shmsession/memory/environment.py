@@ -576,4 +576,3 @@ def _refuse_inherited() -> NoReturn:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
