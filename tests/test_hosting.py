@@ -49,13 +49,20 @@ def test_a_reload_replaces_the_workers_and_keeps_the_sessions(serve: Serve, kind
     browser.post("/login/ada")
     old = server.worker_pids()
     server.tell(signal.SIGHUP)
-    hits = 0
+    acknowledged = sent = 0
     while not gone(old):
-        hits += 1
-        assert browser.get("/hit").json["hits"] == hits
+        sent += 1
+        try:
+            hits = browser.get("/hit").json["hits"]
+        except Unanswered:  # a worker that ends may reset what it has accepted and not begun
+            continue
+        acknowledged += 1
+        assert acknowledged <= hits <= sent
     wait_for(lambda: len(server.worker_pids()) == 2, "the new workers run")
     assert not set(old) & set(server.worker_pids())
-    assert browser.get("/session").json == {"user": "ada", **({"hits": hits} if hits else {})}
+    session = browser.get("/session").json
+    assert session["user"] == "ada"
+    assert acknowledged <= session.get("hits", 0) <= sent
     assert browser.post("/logout").pid in server.worker_pids()
 
 
@@ -287,7 +294,7 @@ def test_a_key_file_that_others_may_read_stops_the_start(place: Path) -> None:
         process = server.launch()
         try:
             process.wait(PATIENCE)
-            assert f"shmsession: the key file {file} must be" in server.text
+            assert f"shmsession: the key file {file} (SHMSESSION_KEY_FILE) must be" in server.text
             assert "Traceback" not in server.text
         finally:
             server.reap()
