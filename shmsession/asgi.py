@@ -113,6 +113,9 @@ class SessionMiddleware:
             if session.headers_sent:
                 raise
             await send({"type": "websocket.close", "code": 1013, "reason": "sessions are unavailable"})
+        except Exception:
+            store.commit_failed(session)
+            raise
         else:
             store.commit(session, failed=not session.headers_sent)
 

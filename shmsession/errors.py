@@ -31,7 +31,7 @@ class NoSessionError(ShmSessionError, LookupError):
 
 
 class SessionGone(ShmSessionError):
-    """The session was destroyed, renewed or expired while this request held it: its changes are dropped."""
+    """The session was destroyed, renewed or expired: what this request changes is dropped."""
 
 
 class ReadOnlySession(ShmSessionError, TypeError):

@@ -20,7 +20,6 @@ KEY_BYTES: Final = 32
 KEY_ID_BYTES: Final = 4
 MAC_BYTES: Final = 16
 NONCE_BYTES: Final = 12
-TAG_BYTES: Final = 16
 
 
 class Key:

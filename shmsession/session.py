@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self, TypeVar
 from .codec import IMMUTABLE, decode, encode
 from .errors import ContentionError, NoSessionError, ReadOnlySession, SessionGone, SessionTooLarge, StoreError
 from .ids import text_of
-from .record import LONGTERM, NEVER, STORABLE, USER_KEY, Changes, Data, DataKey, Record
+from .record import LONGTERM, NEVER, STORABLE, USER_KEY, Changes, Data, DataKey, Record, join
 
 T = TypeVar("T")
 
@@ -132,13 +132,16 @@ class Session(MutableMapping[str, Any]):
     def _look(self) -> None:
         """The application looks: load, once."""
         if not self.loaded:
-            try:
-                found = NOTHING if self._credential is None else self._port.resolve(self._credential)
-            except StoreError:
-                self.unavailable = True
-                raise
-            self.start(found)
+            self.start(NOTHING if self._credential is None else self._asked(self._port.resolve, self._credential))
         self.accessed = True
+
+    def _asked(self, question: Callable[..., T], *arguments: Any) -> T:
+        """The store's answer; that it had none is remembered for the response."""
+        try:
+            return question(*arguments)
+        except StoreError:
+            self.unavailable = True
+            raise
 
     def start(self, found: Resolved) -> None:
         """Stand at what a credential led to."""
@@ -349,8 +352,8 @@ class Session(MutableMapping[str, Any]):
     def increment(self, key: str, by: float = 1) -> Any:
         """Add to a number, atomically over all processes; a missing one counts from 0. Returns the sum.
 
-        It happens now, and stays when the response fails. On a session that is not stored yet it is a plain
-        assignment. Raises TypeError for what is no number, SessionGone, ContentionError, StoreError.
+        It happens now, and stays when the response fails; where `apply` is a plain assignment, so is this. Raises
+        TypeError for what is no number, and what `apply` raises.
         """
 
         def add(value: Any) -> Any:
@@ -364,8 +367,9 @@ class Session(MutableMapping[str, Any]):
         """Replace a value by `fn(value)`, atomically over all processes; a missing one is `default`.
 
         `fn` must be pure: it runs again when another process was faster, up to 100 times, then ContentionError is
-        raised. It happens now, and stays when the response fails. On a session that is not stored yet, or a key that
-        this request has changed already, it is a plain assignment. Raises SessionGone, StoreError.
+        raised. It happens now, and stays when the response fails. On a session that is not stored yet or was cleared,
+        on a key that this request has changed already, and with the id of a session that has just ended, it is a plain
+        assignment. Raises SessionGone, SessionTooLarge, UnsupportedValue, ContentionError, StoreError.
         """
         self._edit()
         if self.gone and self.record is not None:
@@ -386,6 +390,7 @@ class Session(MutableMapping[str, Any]):
             swapped = self._swap(Changes(set={key: raw}, expect={key: expected}))
             if swapped:
                 self._data[key] = raw
+                self._edits.size = len(join(self._data))
                 self._forget(key)
                 self._seen[key] = result
                 if type(result) not in IMMUTABLE:
@@ -397,11 +402,7 @@ class Session(MutableMapping[str, Any]):
         """One attempt; the base moves to the record as it is now, what was read or changed stays as it was."""
         assert self.record is not None
         assert self.raw_handle is not None
-        try:
-            answer = self._port.swap(self.raw_handle, self.record, changes)
-        except StoreError:
-            self.unavailable = True
-            raise
+        answer = self._asked(self._port.swap, self.raw_handle, self.record, changes)
         if answer is None:
             self.gone = True
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
@@ -435,9 +436,9 @@ class Session(MutableMapping[str, Any]):
 
     def destroy(self) -> None:
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
-        object afterwards begins a new session."""
+        object afterwards begins a new session, unless another request ended this one first: then it is dropped."""
         self._edit()
-        if self.raw_handle is not None and not self._port.kill(self.raw_handle):
+        if self.raw_handle is not None and not self._asked(self._port.kill, self.raw_handle):
             self.discard()
             self.gone = True
             return
@@ -473,7 +474,7 @@ class Session(MutableMapping[str, Any]):
         longer be sent, StoreError.
         """
         self._look()
-        self._port.save(self)
+        self._asked(self._port.save, self)
 
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 

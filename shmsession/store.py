@@ -15,10 +15,19 @@ from weakref import WeakSet
 from .clock import Clock, SystemClock
 from .config import SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
 from .cookies import Cookies, Ticket
-from .errors import ConfigError, ReadOnlySession, ResponseStarted, SessionGone, StoreError, StoreFull
+from .errors import (
+    ConfigError,
+    ReadOnlySession,
+    ResponseStarted,
+    SessionGone,
+    ShmSessionError,
+    StoreError,
+    StoreFull,
+)
 from .hooks import CommitDropped, CookieRefused, Hook, Hooks
-from .ids import handle_of, new_id
+from .ids import handle_of, new_id, text_of
 from .keyring import Keyring
+from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
 from .record import NEVER, USER_KEY, Changes, Record
 from .session import NOTHING, Resolved, Session
@@ -97,7 +106,7 @@ class SessionStore:
         self.hooks = Hooks(hooks)
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
-        self._touch_interval = milliseconds(self.config.touch_interval)
+        self._touch_interval = max(1, milliseconds(self.config.touch_interval))
         self._next_sweep = 0
         self._told_of_scheme = False
         self._memory: MemoryStore | None = None
@@ -153,6 +162,15 @@ class SessionStore:
         return memory
 
     @property
+    def path(self) -> Path:
+        """The directory of this store."""
+        return self.memory.environment.path
+
+    def check(self) -> None:
+        """Raise what would stop the start, as far as it can be told without opening the store: UnsafeStore."""
+        os.close(open_directory(self.config.directory or default_directory()))
+
+    @property
     def is_persistent(self) -> bool:
         """Whether a backend keeps sessions beyond this machine's memory."""
         return False
@@ -174,6 +192,8 @@ class SessionStore:
                 secret = urlsafe_b64decode(session_id + "=" * (-len(session_id) % 4))
             except ValueError:
                 secret = b""
+            if text_of(secret) != session_id:
+                secret = b""  # the decoder passes over what is no base64
             session.start(self._find(Ticket(secret, handle_of(secret), NEVER), self.clock.now()))
         return session
 
@@ -239,8 +259,8 @@ class SessionStore:
         try:
             if self.config.save_on_error:
                 self._commit(session, self.clock.now())
-        except ResponseStarted:
-            logger.warning("an exception ended a request that would have begun or renewed its session: not kept")
+        except ShmSessionError as error:  # the application's own exception is on its way, and must arrive
+            logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
         session.discard()
 
     def _cookie(self, session: Session, now: int) -> str | None:
@@ -255,8 +275,9 @@ class SessionStore:
         touch = self._touch_due(session, now)
         if session.is_unchanged and not touch:
             return
-        if session.record is not None and session.is_emptied and not session.gone:
+        if session.is_emptied and session.raw_handle is not None:
             session.destroy()
+            return
         changes = session.pending(touch=touch)
         if changes is None:
             return
@@ -281,7 +302,7 @@ class SessionStore:
         record = session.record
         if record is None or session.gone or session.readonly or not session.accessed:
             return False
-        return now - record.header.last_seen >= self._touch_interval and now != record.header.last_seen
+        return now - record.header.last_seen >= self._touch_interval
 
     def _create(self, session: Session, changes: Changes, now: int) -> None:
         user = session.encoded_user
@@ -311,8 +332,8 @@ class SessionStore:
         secret, handle = session.secret, session.raw_handle
         assert secret is not None
         assert handle is not None
-        resealed = record.header.key_id == self.keyring.newest_id
-        if resealed and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
+        sealed_by_newest = record.header.key_id == self.keyring.newest_id
+        if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
             session.committed(secret, handle, record, changes)
             return
         try:
@@ -334,7 +355,9 @@ class SessionStore:
         """The session ended elsewhere: nothing is written, no cookie sent; but a login begins a session of its own."""
         if session.logs_in and not session.headers_sent:
             session.begin_anew()
-            self._create(session, session.pending() or changes, now)
+            anew = session.pending()
+            assert anew is not None
+            self._create(session, anew, now)
             return
         session.gone = True
         session.discard()

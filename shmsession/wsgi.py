@@ -158,6 +158,7 @@ class _Response:
         self._session.headers_sent = True
         if self._session.loaded:
             self._session.discard()
+            self._session.settle()
         headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(_UNAVAILABLE))),
                    ("Retry-After", "5"), ("Cache-Control", "no-store")]  # fmt: skip
         self._server_write = self._start_response("503 Service Unavailable", headers)

@@ -497,3 +497,67 @@ def test_a_retry_does_not_take_another_process_s_commit_for_its_own(store: Sessi
     environment._run = undone_once  # type: ignore[method-assign]
     assert first.increment("n") == 2
     assert visit(store, cookie)["n"] == 2
+
+
+def test_a_clear_that_comes_with_an_old_id_ends_the_renewed_session_too(store: SessionStore) -> None:
+    cookie = stored(store, "ada", a=1)
+    rotating = visit(store, cookie)
+    rotating.renew()
+    store.commit(rotating)
+    late = visit(store, cookie)
+    late.clear()
+    store.commit(late)
+    assert not visit(store, cookie_of(store, rotating)).exists
+
+
+def test_the_size_of_a_session_follows_what_apply_did(store: SessionStore) -> None:
+    session = visit(store, stored(store, cart="x" * 60_000))
+    session.apply("cart", lambda _: "")
+    session["other"] = "y" * 50_000
+    store.commit(session)
+    assert visit(store, cookie_of(store, session))["other"] == "y" * 50_000
+
+
+def test_an_id_with_junk_in_it_is_no_session(store: SessionStore) -> None:
+    session = store.session()
+    session["a"] = 1
+    session.save()
+    assert session.id is not None
+    assert store.session(session.id).exists
+    assert not store.session(session.id[:10] + "!!!!" + session.id[10:]).exists
+
+
+def test_both_stores_of_one_directory_can_hear_of_a_rebuild(place: Path) -> None:
+    """Whichever is used next tells its hooks; none takes the news along when it closes."""
+    told: list[Event] = []
+    first = make_store(place / "s", keys=(Key.generate(),))
+    first.hooks = Hooks([told.append])
+    stored(first, a=1)
+    second = make_store(place / "s", keys=first.config.keys)
+    second.open()
+    second.close()
+    environment = first.memory.environment
+    environment._quarantine(environment.open(), "said by a test")
+    stored(first, a=2)
+    assert [type(event) for event in told] == [Quarantined]
+    first.close()
+
+
+def test_what_cannot_be_kept_does_not_hide_the_application_s_own_exception(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(place / "s", save_on_error=True)
+    cookie = stored(store, a=1)
+
+    def app(environ: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
+        Session.of(environ)["a"] = 2
+        monkeypatch.setattr(store.memory, "update", full)
+        raise RuntimeError("the application's own")
+
+    def full(*_: object) -> None:
+        raise StoreFull("full")
+
+    environ = {"PATH_INFO": "/", "HTTP_COOKIE": f"{store.cookies.name}={cookie}"}
+    with pytest.raises(RuntimeError, match="own"):
+        WsgiSessionMiddleware(app, store)(environ, lambda *_: lambda _: None)
+    store.close()

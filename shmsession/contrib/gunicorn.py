@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from shmsession.errors import ConfigError, ShmSessionError
-from shmsession.memory.place import open_directory
 from shmsession.store import SessionStore, stores
 
 __all__ = ["child_exit", "on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
@@ -82,7 +81,7 @@ def post_worker_init(worker: Any) -> None:
     for store in stores():
         try:
             store.open()
-            worker.log.info("session store %r in %s", store.name, store.memory.environment.path)
+            worker.log.info("session store %r in %s", store.name, store.path)
         except ShmSessionError as error:
             worker.log.error("shmsession: %s", error)
             raise SystemExit(BOOT_ERROR) from error
@@ -114,6 +113,4 @@ def _own_stores(server: Any) -> list[SessionStore]:
 
 def _check_variables() -> None:
     """The settings of an application that only the workers will load, as far as the variables say them."""
-    directory = SessionStore().config.directory
-    if directory is not None:
-        os.close(open_directory(directory))
+    SessionStore().check()

@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -127,7 +128,8 @@ class Environment:
         self._opened: Opened | None = None
         self._verified: tuple[int, int] | None = None
         self.lock = threading.RLock()
-        self.on_quarantine: Callable[[Path, int], None] = lambda _path, _imported: None
+        self.quarantines: deque[tuple[Path, int]] = deque()
+        """Where damaged environments were put, and how many records were saved: for whoever tells the hooks."""
 
     # ── transactions ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -434,7 +436,7 @@ class Environment:
         except (StoreFull, lmdb.MapFullError):
             shutil.rmtree(self.data)
             self._create(directory, whole.values())
-        self.on_quarantine(aside, len(whole))
+        self.quarantines.append((aside, len(whole)))
 
     def _create(self, directory: int, records: Collection[Salvaged] = (), aside: Path | None = None) -> None:
         """Make the environment under another name and move it to its place when it is complete.

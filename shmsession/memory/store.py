@@ -1,6 +1,7 @@
 """The memory store: what may happen to a record, each in one transaction.
 
-Missing is an answer, not an error. Nothing here waits, decodes a value or calls the application's code.
+Missing is an answer, not an error. Nothing here decodes a value or calls the application's code, or waits but for the
+write lock and for pages.
 """
 
 import time
@@ -118,7 +119,6 @@ class MemoryStore:
         self._made_room = False
         base = directory or default_directory()
         self.environment = environment.acquire(base, name, map_size, clock, self._judge)
-        self.environment.on_quarantine = lambda path, count: self._noticed.append(Quarantined(str(path), count))
 
     def open(self) -> None:
         """Open the environment in this process now. Raises StoreError."""
@@ -137,7 +137,7 @@ class MemoryStore:
         if raw is None:
             return Missing.UNKNOWN
         found = self._live(handle, raw, now)
-        if self._noticed:
+        if self._noticed or self.environment.quarantines:
             self._tell()
         return found
 
@@ -151,7 +151,7 @@ class MemoryStore:
             if now >= header.idle_expiry and self._is_forgettable(header, self._clock.boot()):
                 return Missing.UNKNOWN
             return Missing.RENEWED if header.flags & RENEWED else Missing.DEAD
-        return record if now < header.idle_expiry and now < header.absolute else Missing.EXPIRED
+        return record if now < header.expires else Missing.EXPIRED
 
     def _is_forgettable(self, tombstone: Header, boot: int) -> bool:
         return not tombstone.dirty_seq and not room.is_recent(tombstone, boot)
@@ -181,7 +181,7 @@ class MemoryStore:
         Raises StoreFull and Unreadable.
         """
         boot = self._clock.boot()
-        prepared = self._next(handle, base, changes, now, boot) if self._is_live(base.header, now) else None
+        prepared = self._next(handle, base, changes, now, boot) if now < base.header.expires else None
         done: Record | None = None
 
         def work(txn: Txn, tables: Tables) -> Record | Conflict | Missing:
@@ -229,10 +229,11 @@ class MemoryStore:
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
                 found = self._live(handle, raw, self._clock.now())  # type: ignore[arg-type]
-                if found is not Missing.UNKNOWN:
-                    newer = not isinstance(found, Missing) and _order(found.header) < _order(header)
-                    if not newer or isinstance(found, Missing) or found.header.dirty_seq:
+                if isinstance(found, Missing):
+                    if found is not Missing.UNKNOWN:
                         return found
+                elif found.header.dirty_seq or _order(found.header) >= _order(header):
+                    return found
                 if len(raw) >= HEADER_BYTES:
                     unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
                 txn.delete(handle, db=tables.records)
@@ -256,9 +257,7 @@ class MemoryStore:
         begins anew. Raises StoreFull, Unreadable.
         """
         boot = self._clock.boot()
-        prepared = (
-            self._moved(new, base, changes, now, boot, user, login=login) if self._is_live(base.header, now) else None
-        )
+        prepared = self._moved(new, base, changes, now, boot, user, login=login) if now < base.header.expires else None
 
         done: Record | None = None
 
@@ -296,16 +295,12 @@ class MemoryStore:
             target = handle
             while True:
                 raw = txn.get(target, db=tables.records)
-                if raw is None:
-                    header = self._first(target, {}, Changes(longterm=True), now).header
+                found = None if raw is None else self._seal.open(target, raw)  # type: ignore[arg-type]
+                if found is None or not found.header.flags & TOMBSTONE:
+                    header = found.header if found else self._first(target, {}, Changes(longterm=True), now).header
                     self._bury(txn, tables, target, header, now, boot)
-                    return False
-                found = self._seal.open(target, raw)  # type: ignore[arg-type]
-                header = self._first(target, {}, Changes(), now).header if found is None else found.header
-                if not header.flags & TOMBSTONE:
-                    self._bury(txn, tables, target, header, now, boot)
-                    return True
-                if found is None or not found.data:
+                    return raw is not None
+                if not found.data:
                     return False
                 target = found.data
 
@@ -386,7 +381,7 @@ class MemoryStore:
         for attempt in range(MAP_FULL_ATTEMPTS):
             try:
                 result = self.environment.write(work)
-                if self._noticed:
+                if self._noticed or self.environment.quarantines:
                     self._tell()
                 return result
             except StoreFull as error:
@@ -408,22 +403,18 @@ class MemoryStore:
         """Tell the hooks what was noticed, with no transaction open and no gate held: they may use the store."""
         while self._noticed:
             self._hooks.emit(self._noticed.popleft())
+        while self.environment.quarantines:
+            path, imported = self.environment.quarantines.popleft()
+            self._hooks.emit(Quarantined(str(path), imported))
 
     def _make_room(self) -> bool:
         boot, now = self._clock.boot(), self._clock.now()
         if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
             return False
 
-        def work(limit: int, txn: Txn, tables: Tables) -> int:
-            swept = self._sweep(txn, tables, now, boot, limit)
-            return swept or -room.evict(txn, tables, boot, limit, backend=self._backend)
-
-        gone = self._clean(work, EVICTION_BATCH)
-        if gone < 0:
-            self._hooks.emit(Evicted(-gone))
-        if gone == 0:
+        self._made_room = bool(self.sweep(now, EVICTION_BATCH) or self.evict())
+        if not self._made_room:
             self._full_since = boot
-        self._made_room = gone != 0
         return self._made_room
 
     def _clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
@@ -443,9 +434,6 @@ class MemoryStore:
         """Raise StoreFull, which undoes the write, when it took pages that it may not have."""
         if crowd is not None and room.settle(crowd, self.environment.usage(txn, tables), made_room=self._made_room):
             self._made_room = False
-
-    def _is_live(self, header: Header, now: int) -> bool:
-        return now < header.idle_expiry and now < header.absolute
 
     def _first(self, handle: bytes, data: Data, changes: Changes, now: int) -> Record:
         user = data.get(USER_KEY)
