@@ -6,16 +6,18 @@ taking turns; a figure is the median over the rounds of the time a request takes
 
 import argparse
 import asyncio
+import contextlib
 import cProfile
 import json
 import os
 import pstats
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,87 @@ def starlette_signed(touch: Callable[[Any], None]) -> tuple[App, bytes]:
 
     signed = TimestampSigner("secret").sign(urlsafe_b64encode(json.dumps(DATA).encode()))
     return SignedCookie(application(touch), secret_key="secret"), b"session=" + signed
+
+
+def starsessions_on_redis(touch: Callable[[Any], None], socket: str) -> App:
+    """The session loaded from Redis before the application looks, as starsessions has it."""
+    from redis.asyncio import Redis
+    from starlette.requests import HTTPConnection
+    from starsessions import SessionMiddleware as RedisSessionMiddleware
+    from starsessions import load_session
+    from starsessions.stores.redis import RedisStore
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        await load_session(HTTPConnection(scope))
+        touch(scope)
+        await send(start())
+        await send(BODY)
+
+    store = RedisStore(connection=Redis(unix_socket_path=socket))
+    middleware: App = RedisSessionMiddleware(app, store=store, lifetime=3600, rolling=True)
+    return middleware
+
+
+@contextlib.contextmanager
+def redis_server(directory: Path) -> Iterator[str]:
+    """A throw-away server; Debian's redis-tools carries it under the name of redis-check-rdb."""
+    program = shutil.which("redis-server") or shutil.which("redis-check-rdb")
+    if program is None:
+        raise SystemExit("bench: --redis needs a Redis server: apt-get install redis-tools, or redis-server")
+    socket = str(directory / "redis")
+    command = ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no"]
+    server = subprocess.Popen(command, executable=program, stdout=subprocess.DEVNULL, cwd=directory)
+    try:
+        while not Path(socket).exists() and server.poll() is None:
+            time.sleep(0.01)
+        yield socket
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def log_in(app: App) -> bytes:
+    """The cookie of a new session with the data, made through the middleware itself."""
+    sent: list[Any] = []
+
+    async def collect(message: Any) -> None:
+        sent.append(message)
+
+    await app({"type": "http", "path": "/", "method": "GET", "headers": [], "scheme": "http"}, receive, collect)
+    headers = dict(sent[0]["headers"])
+    value: bytes = headers[b"set-cookie"].partition(b";")[0]
+    return value
+
+
+def against_redis(directory: Path, rounds: int, count: int) -> list[tuple[str, float, str]]:
+    """The same requests with starsessions on a Redis server on a unix socket, the two taking turns."""
+    store = make_store(directory / "r", "r")
+    cookie = cookie_of(store)
+    cost: dict[str, list[float]] = {}
+
+    async def run(socket: str) -> None:
+        fill = starsessions_on_redis(lambda scope: scope["session"].update(DATA), socket)
+        theirs = await log_in(fill)
+        bare = application(untouched)
+        for _ in range(rounds):
+            base = await calls(bare, None, count)
+            for kind, touch in (("read", read), ("write", write)):
+                ours = await calls(SessionMiddleware(application(touch), store), cookie, count)
+                redis = await calls(starsessions_on_redis(touch, socket), theirs, count)
+                cost.setdefault(f"our {kind}", []).append((ours - base) * 1e6)
+                cost.setdefault(f"redis {kind}", []).append((redis - base) * 1e6)
+
+    with redis_server(directory) as socket:
+        asyncio.run(run(socket))
+    median = {name: statistics.median(row) for name, row in cost.items()}
+    return [
+        (
+            f"{kind} ÷ starsessions on Redis",
+            median[f"our {kind}"] / median[f"redis {kind}"],
+            f"≤ 1/10   ({median[f'our {kind}']:.1f} ÷ {median[f'redis {kind}']:.1f} µs)",
+        )
+        for kind in ("read", "write")
+    ]
 
 
 async def receive() -> Any:
@@ -273,6 +356,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--count", type=int, default=2_000, help="requests in a round")
     parser.add_argument("--sessions", type=int, default=0, help="also compare a store of so many with one of 1,000")
+    parser.add_argument("--redis", action="store_true", help="also compare with starsessions on a Redis server")
     parser.add_argument("--profile", choices=("read", "write"), help="print where the time of such a request goes")
     options = parser.parse_args()
     shared = Path("/dev/shm")
@@ -289,6 +373,8 @@ def main() -> None:
         rows = ratios(cost)
         if options.sessions:
             rows += at_scale(directory, options.sessions, options.rounds)
+        if options.redis:
+            rows += against_redis(directory, options.rounds, min(options.count, 500))
         print("ratios, and the budget")
         for name, value, allowed in rows:
             print(f"  {name:<42}{value:8.2f}   {allowed}")
