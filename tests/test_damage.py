@@ -447,7 +447,7 @@ def test_a_node_that_claims_its_neighbours_bytes_is_found_before_lmdb_writes_int
     events: list[Event] = []
     with closing(memory_store(base, SystemClock(), events=events)) as store:
         assert verify(str(base / "test/lmdb")) == []  # type: ignore[no-untyped-call]
-        assert "side by side" in (store.environment._problem() or "")
+        assert "side by side" in (store.environment.building.problem() or "")
         assert _survivors(store) == [number for number in range(100) if number != 50]
         assert [type(event) for event in events] == [Quarantined]
         check_tables(store)
@@ -469,7 +469,7 @@ def test_a_key_that_its_own_tree_does_not_lead_to_is_found(place: Path) -> None:
                     changed[position + 19] -= 1
             (base / DATA).write_bytes(changed)
             assert verify(str(base / "test/lmdb")) == []  # type: ignore[no-untyped-call]
-            problems.append(store.environment._problem())
+            problems.append(store.environment.building.problem())
     assert {problem for problem in problems if problem} == {"a branch page leads astray"}
     assert problems.count(None) > 100, "a first of its leaf has not every number"
 

@@ -17,6 +17,7 @@ import pytest
 from shmsession.clock import SystemClock
 from shmsession.errors import UnsafeStore
 from shmsession.memory import environment as environments
+from shmsession.memory.building import Building
 from shmsession.memory.store import MemoryStore, Missing
 from shmsession.memory.tables import index
 from shmsession.testing import make_store
@@ -228,14 +229,14 @@ def test_a_fork_waits_for_a_write_of_another_thread_and_the_child_finds_its_comm
 
 def test_a_fork_in_the_midst_of_opening_waits_for_it(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, go_on = threading.Event(), threading.Event()
-    make_ready = environments.Environment._make_ready
+    make_ready = Building.make_ready
 
     def slowly(*args: Any) -> None:
         inside.set()
         go_on.wait()
         make_ready(*args)
 
-    monkeypatch.setattr(environments.Environment, "_make_ready", slowly)
+    monkeypatch.setattr(Building, "make_ready", slowly)
     opener = threading.Thread(target=store.environment.open)
     opener.start()
     inside.wait()

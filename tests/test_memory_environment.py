@@ -18,8 +18,8 @@ import pytest
 
 from shmsession.clock import SystemClock
 from shmsession.errors import StoreError, UnsafeStore
+from shmsession.memory import building, registry, salvage
 from shmsession.memory import environment as environments
-from shmsession.memory import salvage
 from shmsession.memory.store import MemoryStore, Missing
 from shmsession.memory.tables import sequence_key
 from shmsession.testing import ManualClock
@@ -83,7 +83,7 @@ def test_two_stores_on_one_directory_share_one_environment(base: Path, store: Me
     other.close()
     assert value_of(store, handle(1)) == "a"
     elsewhere.close()
-    assert store.environment.path.resolve() in environments._environments
+    assert store.environment.path.resolve() in registry._environments
 
 
 def test_the_last_to_close_closes(base: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_last_to_close_closes(base: Path) -> None:
     second.close()
     with pytest.raises(lmdb.Error):
         env.info()
-    assert base.resolve() / "test" not in environments._environments
+    assert base.resolve() / "test" not in registry._environments
 
 
 def test_only_its_user_may_enter_and_all_bytes_are_there_from_the_start(base: Path, store: MemoryStore) -> None:
@@ -157,8 +157,8 @@ def test_sessions_survive_the_death_of_all_processes(base: Path) -> None:
 
 def test_a_store_made_by_a_newer_version_is_refused_and_left_as_it_is(store: MemoryStore, base: Path) -> None:
     create(store, handle(1), "a")
-    put_meta(store, b"format", environments.STORE_FORMAT + 1)
-    store.environment.write(lambda txn, tables: txn.put(b"check", environments._check(txn, tables), db=tables.meta))
+    put_meta(store, b"format", building.STORE_FORMAT + 1)
+    store.environment.write(lambda txn, tables: txn.put(b"check", building._check(txn, tables), db=tables.meta))
     before = (base / "test/lmdb/data.mdb").read_bytes()
     store.close()
     again = memory_store(base)
@@ -434,7 +434,7 @@ def test_the_slots_of_killed_readers_are_freed_by_those_who_live(
 def test_a_full_table_of_dead_readers_is_cleared_by_whoever_meets_it(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environments, "MAX_READERS", 3)
+    monkeypatch.setattr(building, "MAX_READERS", 3)
     with closing(memory_store(base, SystemClock())) as store:
         create(store, handle(1), "a")
         with Neighbour(base) as neighbour:
@@ -446,7 +446,7 @@ def test_a_full_table_of_dead_readers_is_cleared_by_whoever_meets_it(
 def test_live_readers_without_end_make_the_store_unusable_with_a_typed_error(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environments, "MAX_READERS", 3)
+    monkeypatch.setattr(building, "MAX_READERS", 3)
     with closing(memory_store(base, SystemClock())) as store:
         create(store, handle(1), "a")
         with Neighbour(base) as neighbour:

@@ -744,7 +744,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.store.environment.close()
-        assert self.store.environment._problem() is None, "a healthy file is taken for a damaged one"
+        assert self.store.environment.building.problem() is None, "a healthy file is taken for a damaged one"
         self.store.close()
         self.directory.cleanup()
 

@@ -6,7 +6,7 @@ from shmsession.errors import StoreFull
 from shmsession.record import AUTHENTICATED, HEADER_BYTES, STORABLE, TOMBSTONE, Header, unpack_header
 
 from .environment import Usage
-from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, unindex
+from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, remove
 
 QUIET_MS: Final = 60_000
 """Nothing that changed within this time is evicted or forgotten: a slow fill must still meet it."""
@@ -96,8 +96,7 @@ def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, 
                 victims.append((handle, header))
         found = cursor.next()
     for handle, header in victims:
-        unindex(txn, tables, handle, header)
-        txn.delete(handle, db=tables.records)
+        remove(txn, tables, handle, header)
     return len(victims)
 
 

@@ -39,7 +39,8 @@ from shmsession.record import (
     unpack_header,
 )
 
-from . import environment, room
+from . import registry, room
+from .environment import Usage
 from .place import default_directory
 from .seal import RecordSeal
 from .tables import (
@@ -118,7 +119,7 @@ class MemoryStore:
         self._full_since = -FULL_PAUSE_MS
         self._made_room = False
         base = directory or default_directory()
-        self.environment = environment.acquire(base, name, map_size, clock, self._judge)
+        self.environment = registry.acquire(base, name, map_size, clock, self._judge)
 
     def open(self) -> None:
         """Open the environment in this process now. Raises StoreError."""
@@ -127,7 +128,7 @@ class MemoryStore:
 
     def close(self) -> None:
         """Give the environment back. The store must not be used afterwards."""
-        environment.release(self.environment)
+        registry.release(self.environment)
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -364,7 +365,7 @@ class MemoryStore:
         """Verify every record anew when it is next read."""
         self._seal.forget()
 
-    def usage(self) -> environment.Usage:
+    def usage(self) -> Usage:
         """Pages in use, touched and in all."""
         return self.environment.read(self.environment.usage)
 

@@ -78,6 +78,18 @@ def clock_in(row: bytes | None) -> tuple[int, int] | None:
     return _CLOCK.unpack(row) if row is not None and len(row) == _CLOCK.size else None
 
 
+def put(txn: Txn, tables: Tables, handle: bytes, raw: bytes, header: Header) -> None:
+    """Write a record that is not there, or whose rows are removed, and the rows that lead to it."""
+    txn.put(handle, raw, db=tables.records)
+    index(txn, tables, handle, header)
+
+
+def remove(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
+    """Remove a record and the rows that lead to it."""
+    unindex(txn, tables, handle, header)
+    txn.delete(handle, db=tables.records)
+
+
 def index(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
     """Write the rows that lead to this record."""
     txn.put(expiry_key(header, handle), b"", db=tables.expiry)
