@@ -17,7 +17,8 @@ from shmsession.errors import StoreFull
 from shmsession.hooks import Event, Evicted
 from shmsession.memory import place as places
 from shmsession.memory import room
-from shmsession.memory.store import EVICTION_BATCH, MAP_FULL_ATTEMPTS, MemoryStore, Missing
+from shmsession.memory.store import EVICTION_BATCH, MemoryStore, Missing
+from shmsession.memory.writing import MAP_FULL_ATTEMPTS
 from shmsession.record import USER_KEY, Changes, Data, Record
 from shmsession.testing import ManualClock
 from tests.figures import report, rng, size
@@ -141,7 +142,7 @@ def test_a_touch_without_room_leaves_the_session_as_it_is(
     def full(_work: object) -> None:
         raise StoreFull("full")
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(store._writer, "write", full)
     assert store.touch(key, record, clock.now()) == record
 
 

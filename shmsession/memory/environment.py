@@ -288,6 +288,8 @@ class Environment:
         except FileNotFoundError:
             raise
         except (OSError, lmdb.Error) as error:
+            if getattr(error, "code", 0) == errno.ENOENT:  # LMDB's way to say that the directory was removed
+                raise FileNotFoundError(str(error)) from error
             if isinstance(error, _NO_ROOM) or getattr(error, "errno", 0) == errno.ENOSPC:
                 raise StoreFull(
                     f"no room for the memory store {self.path} ({error}): "

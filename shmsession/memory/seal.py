@@ -52,6 +52,14 @@ class RecordSeal:
             return None
         return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES]))
 
+    def header(self, handle: bytes, raw: bytes) -> Header | None:
+        """The header of whole or unreadable bytes, None for corrupt ones."""
+        try:
+            record = self.open(handle, raw)
+        except Unreadable:
+            return unpack_header(raw)
+        return None if record is None else record.header
+
     def forget(self) -> None:
         """Remember no record as verified."""
         self._verified.clear()

@@ -4,74 +4,28 @@ Missing is an answer, not an error. Nothing here decodes a value or calls the ap
 write lock and for pages.
 """
 
-import time
 from collections import deque
-from collections.abc import Callable
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
-
-import lmdb
+from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
-from shmsession.errors import SessionTooLarge, StoreFull, Unreadable
+from shmsession.errors import StoreFull, Unreadable
 from shmsession.hooks import Event, Evicted, Hooks, Quarantined, RecordCorrupt
-from shmsession.ids import tag_of
 from shmsession.keyring import Keyring
-from shmsession.record import (
-    AUTHENTICATED,
-    HEADER_BYTES,
-    NO_TAG,
-    RENEWED,
-    STORABLE,
-    TOMBSTONE,
-    USER_KEY,
-    Changes,
-    Data,
-    Header,
-    Lifetimes,
-    Record,
-    first_header,
-    join,
-    next_header,
-    tombstone,
-    unpack_header,
-)
+from shmsession.record import HEADER_BYTES, RENEWED, TOMBSTONE, Changes, Header, Lifetimes, Record, unpack_header
 
 from . import registry, room
+from .drafting import Drafts
 from .environment import Usage
 from .place import default_directory
 from .seal import RecordSeal
-from .tables import (
-    ANONYMOUS_CLASS,
-    EXPIRY_ROW_BYTES,
-    LOGGED_IN_CLASS,
-    TOMBSTONE_CLASS,
-    Tables,
-    Txn,
-    clock_in,
-    clock_row,
-    expiry_bound,
-    expiry_key,
-    handle_in,
-    index,
-    number,
-    sequence_key,
-    unindex,
-)
-
-T = TypeVar("T")
+from .sweeping import Sweeper, any_due
+from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, unindex
+from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
-STEP_TOLERANCE_MS: Final = 5_000
-STEP_PAUSE_MS: Final = 300_000
 EVICTION_BATCH: Final = 64
-MAP_FULL_ATTEMPTS: Final = 4
-SNAPSHOT_PAUSE_SECONDS: Final = 0.001
-"""How long a write waits for readers to let go of old pages, when the map is not full but LMDB finds none."""
-FULL_PAUSE_MS: Final = 1_000
-"""After a search for room that found none, nobody searches again for this long: a flood must not pay for one each."""
 
 
 class Missing(Enum):
@@ -110,16 +64,15 @@ class MemoryStore:
         hooks: Hooks | None = None,
     ) -> None:
         self._seal = RecordSeal(keyring)
-        self._lifetimes = lifetimes
         self._clock = clock
-        self._max_size = max_size
+        self._drafts = Drafts(self._seal, lifetimes, max_size)
         self._backend = backend
         self._hooks = hooks or Hooks()
         self._noticed: deque[Event] = deque()
-        self._full_since = -FULL_PAUSE_MS
-        self._made_room = False
         base = directory or default_directory()
         self.environment = registry.acquire(base, name, map_size, clock, self._judge)
+        self._writer = Writer(self.environment, self._drafts, clock, self._make_room, self._tell, backend=backend)
+        self._sweeper = Sweeper(self._seal, self._writer.bury, backend=backend)
 
     def open(self) -> None:
         """Open the environment in this process now. Raises StoreError."""
@@ -161,20 +114,21 @@ class MemoryStore:
 
     def create(self, handle: bytes, changes: Changes, now: int) -> Record | None:
         """Insert a new record; None when the handle is taken. Raises StoreFull."""
-        record = self._first(handle, changes.merged({}), changes, now)
+        boot, epoch = self._clock.boot(), self.environment.epoch
+        record = self._drafts.first(handle, changes.merged({}), changes, now, boot, epoch)
         done: Record | None = None
 
-        def work(txn: Txn, tables: Tables) -> Record | None:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | None:
             nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
                 return done if self.environment.redoing and done is not None and raw == done.raw else None
-            crowd = self._admit(txn, tables, room.limit_for(record.header), len(record.raw))
-            done = self._insert(txn, tables, handle, record)
-            self._settle(txn, tables, crowd)
+            crowd = self._writer.admit(txn, tables, room.limit_for(record.header), len(record.raw))
+            done = self._writer.insert(txn, tables, handle, record)
+            self._writer.settle(txn, tables, crowd, made_room)
             return done
 
-        return self._write(work)
+        return self._writer.write(work)
 
     def update(self, handle: bytes, base: Record, changes: Changes, now: int) -> Record | Conflict | Missing:
         """Merge `changes` into the record as it is now; never creates. `base` is what the caller loaded.
@@ -182,10 +136,12 @@ class MemoryStore:
         Raises StoreFull and Unreadable.
         """
         boot = self._clock.boot()
-        prepared = self._next(handle, base, changes, now, boot) if now < base.header.expires else None
+        prepared = None
+        if now < base.header.expires:
+            prepared = self._drafts.next(handle, base, changes, now, boot, self.environment.epoch)
         done: Record | None = None
 
-        def work(txn: Txn, tables: Tables) -> Record | Conflict | Missing:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Conflict | Missing:
             nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is None:
@@ -200,11 +156,12 @@ class MemoryStore:
                     return found
                 if not changes.fits(found.split()):
                     return Conflict(found)
-                stored, record = found, self._next(handle, found, changes, now, boot)
-            done = self._replace(txn, tables, handle, stored, record)
+                stored = found
+                record = self._drafts.next(handle, found, changes, now, boot, self.environment.epoch)
+            done = self._writer.replace(txn, tables, handle, stored, record, made_room)
             return done
 
-        return self._write(work)
+        return self._writer.write(work)
 
     def touch(self, handle: bytes, base: Record, now: int) -> Record | Missing:
         """Move the idle expiry. A store without room for it leaves the session as it is."""
@@ -224,7 +181,7 @@ class MemoryStore:
         kept = header._replace(key_id=self._seal.key_id, dirty_seq=0, changed=boot)
         record = self._seal.close(handle, kept, data)
 
-        def work(txn: Txn, tables: Tables) -> Record | Missing | None:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
             if self._clock.boot() - missed > STALE_FILL_MS:
                 return None
             raw = txn.get(handle, db=tables.records)
@@ -238,14 +195,14 @@ class MemoryStore:
                 if len(raw) >= HEADER_BYTES:
                     unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
                 txn.delete(handle, db=tables.records)
-            crowd = self._admit(txn, tables, room.limit_for(kept), len(record.raw))
+            crowd = self._writer.admit(txn, tables, room.limit_for(kept), len(record.raw))
             txn.put(handle, record.raw, db=tables.records)
             index(txn, tables, handle, kept)
-            self._settle(txn, tables, crowd)
+            self._writer.settle(txn, tables, crowd, made_room)
             return record
 
         try:
-            return self._write(work)
+            return self._writer.write(work)
         except StoreFull:
             return None
 
@@ -258,11 +215,12 @@ class MemoryStore:
         begins anew. Raises StoreFull, Unreadable.
         """
         boot = self._clock.boot()
-        prepared = self._moved(new, base, changes, now, boot, user, login=login) if now < base.header.expires else None
-
+        prepared = None
+        if now < base.header.expires:
+            prepared = self._drafts.moved(new, base, changes, now, boot, self.environment.epoch, user, login=login)
         done: Record | None = None
 
-        def work(txn: Txn, tables: Tables) -> Record | Missing:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing:
             nonlocal done
             raw = txn.get(old, db=tables.records)
             if self.environment.redoing and done is not None and txn.get(new, db=tables.records) == done.raw:
@@ -275,14 +233,15 @@ class MemoryStore:
                 now_stored = self._live(old, raw, now)  # type: ignore[arg-type]
                 if isinstance(now_stored, Missing):
                     return now_stored
-                found, record = now_stored, self._moved(new, now_stored, changes, now, boot, user, login=login)
-            crowd = self._admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
-            self._bury(txn, tables, old, found.header, now, boot, renewed=True, successor=b"" if login else new)
-            done = self._insert(txn, tables, new, record)
-            self._settle(txn, tables, crowd)
+                found, epoch = now_stored, self.environment.epoch
+                record = self._drafts.moved(new, found, changes, now, boot, epoch, user, login=login)
+            crowd = self._writer.admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
+            self._writer.bury(txn, tables, old, found.header, now, boot, renewed=True, successor=b"" if login else new)
+            done = self._writer.insert(txn, tables, new, record)
+            self._writer.settle(txn, tables, crowd, made_room)
             return done
 
-        return self._write(work)
+        return self._writer.write(work)
 
     def destroy(self, handle: bytes, now: int) -> bool:
         """Replace the record by a tombstone; False when there was none. Works in a full store.
@@ -292,20 +251,24 @@ class MemoryStore:
         """
         boot = self._clock.boot()
 
-        def work(txn: Txn, tables: Tables) -> bool:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> bool:
             target = handle
             while True:
                 raw = txn.get(target, db=tables.records)
                 found = None if raw is None else self._seal.open(target, raw)  # type: ignore[arg-type]
                 if found is None or not found.header.flags & TOMBSTONE:
-                    header = found.header if found else self._first(target, {}, Changes(longterm=True), now).header
-                    self._bury(txn, tables, target, header, now, boot)
+                    header = found.header if found else self._unseen(target, now, boot)
+                    self._writer.bury(txn, tables, target, header, now, boot)
                     return raw is not None
                 if not found.data:
                     return False
                 target = found.data
 
-        return self._write(work)
+        return self._writer.write(work)
+
+    def _unseen(self, handle: bytes, now: int, boot: int) -> Header:
+        """The header of a session that may be known elsewhere, of which nothing is known here."""
+        return self._drafts.first(handle, {}, Changes(longterm=True), now, boot, self.environment.epoch).header
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -317,11 +280,11 @@ class MemoryStore:
         boot = self._clock.boot()
 
         def work(limit: int, txn: Txn, tables: Tables) -> int:
-            return self._sweep(txn, tables, now, boot, limit)
+            return self._sweeper.sweep(txn, tables, now, boot, limit)
 
-        if not self.environment.read(lambda txn, tables: _any_due(txn, tables, now)):
+        if not self.environment.read(lambda txn, tables: any_due(txn, tables, now)):
             return 0
-        return self._clean(work, limit)
+        return self._writer.clean(work, limit)
 
     def evict(self, count: int = EVICTION_BATCH) -> int:
         """Remove up to `count` records that may go (`room.evict`); returns how many went."""
@@ -330,7 +293,7 @@ class MemoryStore:
         def work(limit: int, txn: Txn, tables: Tables) -> int:
             return room.evict(txn, tables, boot, limit, backend=self._backend)
 
-        gone = self._clean(work, count)
+        gone = self._writer.clean(work, count)
         if gone:
             self._hooks.emit(Evicted(gone))
         return gone
@@ -375,30 +338,10 @@ class MemoryStore:
             lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
         )
 
-    # ── inside a transaction ──────────────────────────────────────────────────────────────────────────────────
+    # ── what the floors below call ─────────────────────────────────────────────────────────────────────────
 
-    def _write(self, work: Callable[[Txn, Tables], T]) -> T:
-        """Run `work`; when there is no room, make some and try again before giving up."""
-        for attempt in range(MAP_FULL_ATTEMPTS):
-            try:
-                result = self.environment.write(work)
-                if self._noticed or self.environment.quarantines:
-                    self._tell()
-                return result
-            except StoreFull as error:
-                last = attempt == MAP_FULL_ATTEMPTS - 1
-                if not last and isinstance(error.__cause__, lmdb.Error) and not self._is_crowded():
-                    time.sleep(SNAPSHOT_PAUSE_SECONDS)
-                elif last or not self._make_room():
-                    if attempt:
-                        self._full_since = self._clock.boot()
-                    raise
-        raise AssertionError("unreachable")  # pragma: no cover
-
-    def _is_crowded(self) -> bool:
-        """Whether pages are short; otherwise readers hold old ones, for as long as their snapshots take."""
-        usage = self.usage()
-        return usage.used * 100 > usage.total * room.NEW_ANONYMOUS
+    def _make_room(self) -> bool:
+        return bool(self.sweep(self._clock.now(), EVICTION_BATCH) or self.evict())
 
     def _tell(self) -> None:
         """Tell the hooks what was noticed, with no transaction open and no gate held: they may use the store."""
@@ -408,196 +351,13 @@ class MemoryStore:
             path, imported = self.environment.quarantines.popleft()
             self._hooks.emit(Quarantined(str(path), imported))
 
-    def _make_room(self) -> bool:
-        boot, now = self._clock.boot(), self._clock.now()
-        if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
-            return False
-
-        self._made_room = bool(self.sweep(now, EVICTION_BATCH) or self.evict())
-        if not self._made_room:
-            self._full_since = boot
-        return self._made_room
-
-    def _clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
-        """Deal with up to `limit` records, fewer where the map has no pages left to remove so many at once."""
-        while limit:
-            try:
-                return self.environment.write(partial(work, limit))
-            except StoreFull:
-                limit //= 8
-        return 0
-
-    def _admit(self, txn: Txn, tables: Tables, limit: int, grows_by: int) -> room.Crowd | None:
-        """Nothing where there is room; otherwise what `_settle` must be given when the write is done."""
-        return room.admit(self.environment.usage(txn, tables), limit, grows_by)
-
-    def _settle(self, txn: Txn, tables: Tables, crowd: room.Crowd | None) -> None:
-        """Raise StoreFull, which undoes the write, when it took pages that it may not have."""
-        if crowd is not None and room.settle(crowd, self.environment.usage(txn, tables), made_room=self._made_room):
-            self._made_room = False
-
-    def _first(self, handle: bytes, data: Data, changes: Changes, now: int) -> Record:
-        user = data.get(USER_KEY)
-        tag = NO_TAG if user is None else tag_of(user)
-        epoch, key_id = self.environment.epoch, self._seal.key_id
-        header = first_header(now, self._clock.boot(), changes, self._lifetimes, epoch, key_id, tag)
-        return self._seal.close(handle, header, self._joined(data), data)
-
-    def _next(self, handle: bytes, base: Record, changes: Changes, now: int, boot: int) -> Record:
-        epoch, key_id = self.environment.epoch, self._seal.key_id
-        header = next_header(base.header, now, boot, changes, self._lifetimes, epoch, key_id)
-        if changes.set or changes.deleted or changes.cleared:
-            values = changes.merged(base.split())
-            return self._seal.close(handle, header, self._joined(values), values)
-        return self._seal.close(handle, header, base.data, base.split())
-
-    def _moved(
-        self, new: bytes, found: Record, changes: Changes, now: int, boot: int, user: bytes | None, *, login: bool
-    ) -> Record:
-        data = changes.merged(found.split())
-        data.pop(USER_KEY, None)
-        if user is not None:
-            data[USER_KEY] = user
-        touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
-        header = next_header(
-            found.header, now, boot, touched, self._lifetimes, self.environment.epoch, self._seal.key_id
-        )
-        flags = header.flags & ~AUTHENTICATED | (AUTHENTICATED if user is not None else 0)
-        absolute = self._lifetimes.deadline(now) if login else header.absolute
-        header = header._replace(
-            flags=flags,
-            version=1,
-            dirty_seq=0,
-            absolute=absolute,
-            horizon=max(header.horizon, min(header.idle_expiry, absolute)),
-            user_tag=NO_TAG if user is None else tag_of(user),
-        )
-        return self._seal.close(new, header, self._joined(data), data)
-
-    def _joined(self, data: Data) -> bytes:
-        joined = join(data) if data else b""
-        if len(joined) > self._max_size:
-            raise SessionTooLarge(
-                f"the session's data takes {len(joined)} bytes, max_size is {self._max_size}: "
-                "store less in it, or raise SessionConfig(max_size=)"
-            )
-        return joined
-
-    def _insert(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
-        record = self._dirtied(txn, tables, handle, record)
-        txn.put(handle, record.raw, db=tables.records, overwrite=False)
-        index(txn, tables, handle, record.header)
-        return record
-
-    def _replace(self, txn: Txn, tables: Tables, handle: bytes, stored: Record, record: Record) -> Record:
-        growth = len(record.raw) - len(stored.raw)
-        crowd = self._admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
-        record = self._dirtied(txn, tables, handle, record)
-        txn.put(handle, record.raw, db=tables.records)
-        new, old = record.header, stored.header
-        if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
-            unindex(txn, tables, handle, stored.header)
-            index(txn, tables, handle, record.header)
-        self._settle(txn, tables, crowd)
-        return record
-
-    def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
-        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
-        header = record.header
-        if not self._backend or header.dirty_seq or not header.flags & STORABLE:
-            return record
-        sequence = number(txn.get(b"sequence", db=tables.meta)) + 1  # type: ignore[arg-type]
-        txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
-        return self._seal.close(handle, header._replace(dirty_seq=sequence), record.data)
-
-    def _bury(
-        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
-        renewed: bool = False, successor: bytes = b"",
-    ) -> None:  # fmt: skip
-        """Put a tombstone in the record's place. It remembers the horizon, until which a backend must know it.
-
-        `successor` is the handle under which the same login goes on: a logout that comes late must end that too.
-        """
-        epoch, key_id = self.environment.epoch, self._seal.key_id
-        dead = tombstone(header, now, boot, room.QUIET_MS, epoch, key_id, renewed=renewed)
-        record = self._dirtied(txn, tables, handle, self._seal.close(handle, dead, successor))
-        unindex(txn, tables, handle, header)
-        txn.put(handle, record.raw, db=tables.records)
-        index(txn, tables, handle, record.header)
-
-    def _sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> int:
-        """Deal with up to `limit` due rows, unless a clock stepped; returns how many records went with them."""
-        if self._clock_stepped(txn, tables, now, boot):
-            return 0
-        gone = 0
-        for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
-            rows = _due(txn, tables, kind, now, limit - gone)
-            gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
-        return gone
-
-    def _sweep_row(self, txn: Txn, tables: Tables, row: bytes, now: int, boot: int) -> int:
-        """Deal with one due row of the expiry table; 1 when a record went with it."""
-        if len(row) != EXPIRY_ROW_BYTES:
-            txn.delete(row, db=tables.expiry)
-            return 0
-        handle = handle_in(row)
-        raw = txn.get(handle, db=tables.records)
-        header = None if raw is None else self._judge_header(handle, raw)  # type: ignore[arg-type]
-        if header is None or expiry_key(header, handle) != row:
-            txn.delete(row, db=tables.expiry)
-            return int(header is None and txn.delete(handle, db=tables.records))
-        if header.flags & TOMBSTONE:
-            if header.dirty_seq or room.is_recent(header, boot):
-                return 0
-        elif header.dirty_seq:
-            self._bury(txn, tables, handle, header, now, boot)
-            return 1
-        elif self._backend and room.is_recent(header, boot):
-            return 0
-        unindex(txn, tables, handle, header)
-        txn.delete(handle, db=tables.records)
-        return 1
-
-    def _clock_stepped(self, txn: Txn, tables: Tables, now: int, boot: int) -> bool:
-        """Whether wall clock and boot clock have disagreed within the pause: one of them stepped."""
-        offset = now - boot
-        before, until = clock_in(txn.get(b"clock", db=tables.meta)) or (offset, 0)  # type: ignore[arg-type]
-        if abs(before - offset) > STEP_TOLERANCE_MS:
-            until = boot + STEP_PAUSE_MS
-            txn.put(b"clock", clock_row(offset, until), db=tables.meta)
-        return boot < until <= boot + STEP_PAUSE_MS
-
     def _judge(self, handle: bytes, raw: bytes) -> Header | None:
         """A salvaged record's header when it is whole and to be kept: all, or with a backend what that lacks."""
-        header = self._judge_header(handle, raw)
+        header = self._seal.header(handle, raw)
         if header is None or (self._backend and not (header.dirty_seq or header.flags & TOMBSTONE)):
             return None
         return header
 
-    def _judge_header(self, handle: bytes, raw: bytes) -> Header | None:
-        """The header of whole or unreadable bytes, None for corrupt ones."""
-        try:
-            record = self._seal.open(handle, raw)
-        except Unreadable:
-            return unpack_header(raw)
-        return None if record is None else record.header
-
 
 def _order(header: Header) -> tuple[int, int]:
     return header.epoch, header.version
-
-
-def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[bytes]:
-    """Up to `limit` rows of a class whose time has come."""
-    rows: list[bytes] = []
-    cursor = txn.cursor(tables.expiry)
-    found = cursor.set_range(expiry_bound(kind, 0))
-    end = expiry_bound(kind, now + 1)
-    while found and len(rows) < limit and bytes(cursor.key()) < end:
-        rows.append(bytes(cursor.key()))
-        found = cursor.next()
-    return rows
-
-
-def _any_due(txn: Txn, tables: Tables, now: int) -> bool:
-    return any(_due(txn, tables, kind, now, 1) for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS))

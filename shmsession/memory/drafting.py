@@ -1,0 +1,88 @@
+"""Making the next record: sealed bytes that say what a session is after a commit. No transaction, no clock."""
+
+from shmsession.errors import SessionTooLarge
+from shmsession.ids import tag_of
+from shmsession.record import (
+    AUTHENTICATED,
+    NO_TAG,
+    USER_KEY,
+    Changes,
+    Data,
+    Header,
+    Lifetimes,
+    Record,
+    first_header,
+    join,
+    next_header,
+    tombstone,
+)
+
+from . import room
+from .seal import RecordSeal
+
+
+class Drafts:
+    """Records to be stored under `handle` at wall-clock time `now` and boot time `boot`, in incarnation `epoch`."""
+
+    def __init__(self, seal: RecordSeal, lifetimes: Lifetimes, max_size: int) -> None:
+        self._seal = seal
+        self._lifetimes = lifetimes
+        self._max_size = max_size
+
+    def first(self, handle: bytes, data: Data, changes: Changes, now: int, boot: int, epoch: int) -> Record:
+        """A session that begins with `data`. Raises SessionTooLarge."""
+        user = data.get(USER_KEY)
+        tag = NO_TAG if user is None else tag_of(user)
+        header = first_header(now, boot, changes, self._lifetimes, epoch, self._seal.key_id, tag)
+        return self._seal.close(handle, header, self._joined(data), data)
+
+    def next(self, handle: bytes, base: Record, changes: Changes, now: int, boot: int, epoch: int) -> Record:
+        """`base` with `changes`. Raises SessionTooLarge."""
+        header = next_header(base.header, now, boot, changes, self._lifetimes, epoch, self._seal.key_id)
+        if changes.set or changes.deleted or changes.cleared:
+            values = changes.merged(base.split())
+            return self._seal.close(handle, header, self._joined(values), values)
+        return self._seal.close(handle, header, base.data, base.split())
+
+    def moved(
+        self, handle: bytes, base: Record, changes: Changes, now: int, boot: int, epoch: int, user: bytes | None, *,
+        login: bool,
+    ) -> Record:  # fmt: skip
+        """`base` with `changes`, as `user`'s, under its new handle. Raises SessionTooLarge."""
+        data = changes.merged(base.split())
+        data.pop(USER_KEY, None)
+        if user is not None:
+            data[USER_KEY] = user
+        touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
+        header = next_header(base.header, now, boot, touched, self._lifetimes, epoch, self._seal.key_id)
+        flags = header.flags & ~AUTHENTICATED | (AUTHENTICATED if user is not None else 0)
+        absolute = self._lifetimes.deadline(now) if login else header.absolute
+        header = header._replace(
+            flags=flags,
+            version=1,
+            dirty_seq=0,
+            absolute=absolute,
+            horizon=max(header.horizon, min(header.idle_expiry, absolute)),
+            user_tag=NO_TAG if user is None else tag_of(user),
+        )
+        return self._seal.close(handle, header, self._joined(data), data)
+
+    def tombstone(
+        self, handle: bytes, header: Header, now: int, boot: int, epoch: int, *, renewed: bool, successor: bytes
+    ) -> Record:
+        """What is left of a record. It remembers the horizon, until which a backend must know it."""
+        dead = tombstone(header, now, boot, room.QUIET_MS, epoch, self._seal.key_id, renewed=renewed)
+        return self._seal.close(handle, dead, successor)
+
+    def numbered(self, handle: bytes, record: Record, sequence: int) -> Record:
+        """`record` with its place in the outbox."""
+        return self._seal.close(handle, record.header._replace(dirty_seq=sequence), record.data)
+
+    def _joined(self, data: Data) -> bytes:
+        joined = join(data) if data else b""
+        if len(joined) > self._max_size:
+            raise SessionTooLarge(
+                f"the session's data takes {len(joined)} bytes, max_size is {self._max_size}: "
+                "store less in it, or raise SessionConfig(max_size=)"
+            )
+        return joined

@@ -1,0 +1,98 @@
+"""Removing what has ended: due rows of the expiry table, and the records that they lead to."""
+
+from collections.abc import Callable
+from typing import Final
+
+from shmsession.record import TOMBSTONE, Header
+
+from . import room
+from .seal import RecordSeal
+from .tables import (
+    ANONYMOUS_CLASS,
+    EXPIRY_ROW_BYTES,
+    LOGGED_IN_CLASS,
+    TOMBSTONE_CLASS,
+    Tables,
+    Txn,
+    clock_in,
+    clock_row,
+    expiry_bound,
+    expiry_key,
+    handle_in,
+    unindex,
+)
+
+STEP_TOLERANCE_MS: Final = 5_000
+STEP_PAUSE_MS: Final = 300_000
+
+Bury = Callable[[Txn, Tables, bytes, Header, int, int], None]
+"""Put a tombstone in a record's place: transaction, tables, handle, the record's header, now, boot."""
+
+
+class Sweeper:
+    """`bury`: for what a backend has yet to hear of. `backend`: whether there is one that may have it all."""
+
+    def __init__(self, seal: RecordSeal, bury: Bury, *, backend: bool) -> None:
+        self._seal = seal
+        self._bury = bury
+        self._backend = backend
+
+    def sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> int:
+        """Deal with up to `limit` due rows, unless a clock stepped; returns how many records went with them."""
+        if _clock_stepped(txn, tables, now, boot):
+            return 0
+        gone = 0
+        for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
+            rows = _due(txn, tables, kind, now, limit - gone)
+            gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+        return gone
+
+    def _sweep_row(self, txn: Txn, tables: Tables, row: bytes, now: int, boot: int) -> int:
+        """Deal with one due row of the expiry table; 1 when a record went with it."""
+        if len(row) != EXPIRY_ROW_BYTES:
+            txn.delete(row, db=tables.expiry)
+            return 0
+        handle = handle_in(row)
+        raw = txn.get(handle, db=tables.records)
+        header = None if raw is None else self._seal.header(handle, raw)  # type: ignore[arg-type]
+        if header is None or expiry_key(header, handle) != row:
+            txn.delete(row, db=tables.expiry)
+            return int(header is None and txn.delete(handle, db=tables.records))
+        if header.flags & TOMBSTONE:
+            if header.dirty_seq or room.is_recent(header, boot):
+                return 0
+        elif header.dirty_seq:
+            self._bury(txn, tables, handle, header, now, boot)
+            return 1
+        elif self._backend and room.is_recent(header, boot):
+            return 0
+        unindex(txn, tables, handle, header)
+        txn.delete(handle, db=tables.records)
+        return 1
+
+
+def any_due(txn: Txn, tables: Tables, now: int) -> bool:
+    """Whether there is a row whose time has come."""
+    return any(_due(txn, tables, kind, now, 1) for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS))
+
+
+def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[bytes]:
+    """Up to `limit` rows of a class whose time has come."""
+    rows: list[bytes] = []
+    cursor = txn.cursor(tables.expiry)
+    found = cursor.set_range(expiry_bound(kind, 0))
+    end = expiry_bound(kind, now + 1)
+    while found and len(rows) < limit and bytes(cursor.key()) < end:
+        rows.append(bytes(cursor.key()))
+        found = cursor.next()
+    return rows
+
+
+def _clock_stepped(txn: Txn, tables: Tables, now: int, boot: int) -> bool:
+    """Whether wall clock and boot clock have disagreed within the pause: one of them stepped."""
+    offset = now - boot
+    before, until = clock_in(txn.get(b"clock", db=tables.meta)) or (offset, 0)  # type: ignore[arg-type]
+    if abs(before - offset) > STEP_TOLERANCE_MS:
+        until = boot + STEP_PAUSE_MS
+        txn.put(b"clock", clock_row(offset, until), db=tables.meta)
+    return boot < until <= boot + STEP_PAUSE_MS

@@ -1,0 +1,155 @@
+"""Putting records in their place: with the rows that lead to them, and again once room was made for them."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final, Protocol, TypeVar
+
+import lmdb
+
+from shmsession.clock import Clock
+from shmsession.errors import StoreFull
+from shmsession.record import STORABLE, Header, Record
+
+from . import room
+from .drafting import Drafts
+from .environment import Environment
+from .tables import Tables, Txn, index, number, sequence_key, unindex
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+MAP_FULL_ATTEMPTS: Final = 4
+SNAPSHOT_PAUSE_SECONDS: Final = 0.001
+"""How long a write waits for readers to let go of old pages, when the map is not full but LMDB finds none."""
+FULL_PAUSE_MS: Final = 1_000
+"""After a search for room that found none, nobody searches again for this long: a flood must not pay for one each."""
+
+
+class Work(Protocol[T_co]):
+    """What one transaction does. `made_room`: whether others had to go for it, so that it may take reserved pages."""
+
+    def __call__(self, txn: Txn, tables: Tables, made_room: bool = False) -> T_co:
+        """Do it; StoreFull undoes it."""
+        ...
+
+
+class Writer:
+    """Transactions that make room when there is none. `backend`: whether commits are noted in the outbox for one.
+
+    `make_room` removes records that may go and says whether any went; `tell` is called after every write.
+    """
+
+    def __init__(
+        self, environment: Environment, drafts: Drafts, clock: Clock, make_room: Callable[[], bool],
+        tell: Callable[[], None], *, backend: bool,
+    ) -> None:  # fmt: skip
+        self._environment = environment
+        self._drafts = drafts
+        self._clock = clock
+        self._search = make_room
+        self._tell = tell
+        self._backend = backend
+        self._full_since = -FULL_PAUSE_MS
+
+    # ── transactions ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def write(self, work: Work[T]) -> T:
+        """Run `work`; when there is no room, make some and try again before giving up. Raises StoreFull."""
+        attempt: Callable[[Txn, Tables], T] = work
+        for tried in range(MAP_FULL_ATTEMPTS):
+            try:
+                result = self._environment.write(attempt)
+                self._tell()
+                return result
+            except StoreFull as error:
+                last = tried == MAP_FULL_ATTEMPTS - 1
+                if not last and isinstance(error.__cause__, lmdb.Error) and not self._is_crowded():
+                    time.sleep(SNAPSHOT_PAUSE_SECONDS)
+                elif last or not self._make_room():
+                    if tried:
+                        self._full_since = self._clock.boot()
+                    raise
+                else:
+                    attempt = partial(work, made_room=True)
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
+        """Deal with up to `limit` records, fewer where the map has no pages left to remove so many at once."""
+        while limit:
+            try:
+                return self._environment.write(partial(work, limit))
+            except StoreFull:
+                limit //= 8
+        return 0
+
+    def _is_crowded(self) -> bool:
+        """Whether pages are short; otherwise readers hold old ones, for as long as their snapshots take."""
+        usage = self._environment.read(self._environment.usage)
+        return usage.used * 100 > usage.total * room.NEW_ANONYMOUS
+
+    def _make_room(self) -> bool:
+        boot = self._clock.boot()
+        if self._full_since <= boot < self._full_since + FULL_PAUSE_MS:
+            return False
+        found = self._search()
+        if not found:
+            self._full_since = boot
+        return found
+
+    # ── inside a transaction ──────────────────────────────────────────────────────────────────────────────────
+
+    def admit(self, txn: Txn, tables: Tables, limit: int, grows_by: int) -> room.Crowd | None:
+        """Nothing where there is room; otherwise what `settle` must be given when the write is done."""
+        return room.admit(self._environment.usage(txn, tables), limit, grows_by)
+
+    def settle(self, txn: Txn, tables: Tables, crowd: room.Crowd | None, made_room: bool) -> None:
+        """Raise StoreFull, which undoes the write, when it took pages that it may not have."""
+        if crowd is not None:
+            room.settle(crowd, self._environment.usage(txn, tables), made_room=made_room)
+
+    def insert(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
+        """Put a record where none is; returns it as stored."""
+        record = self._dirtied(txn, tables, handle, record)
+        txn.put(handle, record.raw, db=tables.records, overwrite=False)
+        index(txn, tables, handle, record.header)
+        return record
+
+    def replace(
+        self, txn: Txn, tables: Tables, handle: bytes, stored: Record, record: Record, made_room: bool
+    ) -> Record:
+        """Put a record in the place of `stored`, if it may grow that much; returns it as stored."""
+        growth = len(record.raw) - len(stored.raw)
+        crowd = self.admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
+        record = self._dirtied(txn, tables, handle, record)
+        txn.put(handle, record.raw, db=tables.records)
+        new, old = record.header, stored.header
+        if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
+            unindex(txn, tables, handle, stored.header)
+            index(txn, tables, handle, record.header)
+        self.settle(txn, tables, crowd, made_room)
+        return record
+
+    def bury(
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
+        renewed: bool = False, successor: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Put a tombstone in the record's place.
+
+        `successor` is the handle under which the same login goes on: a logout that comes late must end that too.
+        """
+        epoch = self._environment.epoch
+        dead = self._drafts.tombstone(handle, header, now, boot, epoch, renewed=renewed, successor=successor)
+        record = self._dirtied(txn, tables, handle, dead)
+        unindex(txn, tables, handle, header)
+        txn.put(handle, record.raw, db=tables.records)
+        index(txn, tables, handle, record.header)
+
+    def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
+        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
+        header = record.header
+        if not self._backend or header.dirty_seq or not header.flags & STORABLE:
+            return record
+        sequence = number(txn.get(b"sequence", db=tables.meta)) + 1  # type: ignore[arg-type]
+        txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
+        return self._drafts.numbered(handle, record, sequence)
