@@ -18,6 +18,7 @@ from shmsession.hooks import Event, Evicted
 from shmsession.memory import place as places
 from shmsession.memory import room
 from shmsession.memory.store import EVICTION_BATCH, MemoryStore, Missing
+from shmsession.memory.tables import Tables, Txn
 from shmsession.memory.writing import MAP_FULL_ATTEMPTS
 from shmsession.record import USER_KEY, Changes, Data, Record
 from shmsession.testing import ManualClock
@@ -327,6 +328,24 @@ def test_a_transient_map_full_is_tried_again_after_room_was_made(
     monkeypatch.setattr(store.environment, "write", full_once)
     visitors.come(user=ADA)
     assert len(attempts) == 3, "the failure, the search for room, the second attempt"
+
+
+def test_only_the_write_for_which_others_had_to_go_may_take_reserved_pages(
+    store: MemoryStore, clock: ManualClock, visitors: Visitors
+) -> None:
+    visitors.come_until_full()
+    clock.advance(61)
+    told: list[bool] = []
+
+    def work(txn: Txn, tables: Tables, made_room: bool = False) -> None:
+        told.append(made_room)
+        if len(told) == 1:
+            raise StoreFull("full")
+
+    store._writer.write(work)
+    assert told == [False, True]
+    store._writer.write(work)
+    assert told == [False, True, False]
 
 
 # ── the file system ───────────────────────────────────────────────────────────────────────────────────────────

@@ -42,16 +42,13 @@ def admit(usage: Usage, limit: int, grows_by: int) -> Crowd | None:
     return Crowd(usage.used, limit)
 
 
-def settle(crowd: Crowd, usage: Usage, *, made_room: bool) -> bool:
-    """Whether a write at its limit took reserved pages. Raises StoreFull when it may not.
+def settle(crowd: Crowd, usage: Usage, *, made_room: bool) -> None:
+    """Raise StoreFull when a write at its limit took reserved pages and may not.
 
-    What fits into the pages in use is let in, what takes more only up to the limit and when room was made.
+    What fits into the pages in use is let in, what takes more only up to the limit and when room was made for it.
     """
-    if usage.used <= crowd.used:
-        return False
-    if not made_room or usage.used * 100 > usage.total * crowd.limit:
+    if usage.used > crowd.used and (not made_room or usage.used * 100 > usage.total * crowd.limit):
         raise _full(usage, crowd.limit)
-    return True
 
 
 def _full(usage: Usage, limit: int) -> StoreFull:

@@ -338,7 +338,7 @@ class MemoryStore:
             lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
         )
 
-    # ── what the floors below call ─────────────────────────────────────────────────────────────────────────
+    # ── what the floors below call ────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self) -> bool:
         return bool(self.sweep(self._clock.now(), EVICTION_BATCH) or self.evict())
