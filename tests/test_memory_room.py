@@ -17,8 +17,8 @@ from shmsession.errors import StoreFull
 from shmsession.hooks import Event, Evicted
 from shmsession.memory import place as places
 from shmsession.memory import room
+from shmsession.memory.environment import Usage
 from shmsession.memory.store import EVICTION_BATCH, MemoryStore, Missing
-from shmsession.memory.tables import Tables, Txn
 from shmsession.memory.writing import MAP_FULL_ATTEMPTS
 from shmsession.record import USER_KEY, Changes, Data, Record
 from shmsession.testing import ManualClock
@@ -331,21 +331,26 @@ def test_a_transient_map_full_is_tried_again_after_room_was_made(
 
 
 def test_only_the_write_for_which_others_had_to_go_may_take_reserved_pages(
-    store: MemoryStore, clock: ManualClock, visitors: Visitors
+    store: MemoryStore, clock: ManualClock, visitors: Visitors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each write asks without, and with what was made for it; the next one begins without again."""
     visitors.come_until_full()
     clock.advance(61)
     told: list[bool] = []
 
-    def work(txn: Txn, tables: Tables, made_room: bool = False) -> None:
+    def settle(_crowd: room.Crowd, _usage: Usage, *, made_room: bool) -> None:
         told.append(made_room)
-        if len(told) == 1:
+        if not made_room:
             raise StoreFull("full")
 
-    store._writer.write(work)
-    assert told == [False, True]
-    store._writer.write(work)
-    assert told == [False, True, False]
+    monkeypatch.setattr(room, "admit", lambda *_: room.Crowd(0, 60))
+    monkeypatch.setattr(room, "settle", settle)
+    key, record = visitors.come()
+    found = store.update(key, record, Changes(set={"more": b"of it"}), clock.now())
+    assert isinstance(found, Record)
+    assert isinstance(store.renew(key, handle(1), found, Changes(), clock.now(), None, login=False), Record)
+    assert isinstance(store.fill(handle(2), record.header, record.data, clock.boot()), Record)
+    assert told == [False, True] * 4
 
 
 # ── the file system ───────────────────────────────────────────────────────────────────────────────────────────
