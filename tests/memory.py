@@ -189,7 +189,7 @@ class Channel:
         except (EOFError, pickle.UnpicklingError) as error:
             raise Died("the child ended without an answer") from error
         if isinstance(value, Raised):
-            raise AssertionError(f"in the child: {value.kind}: {value.text}")
+            raise ChildError(value)
         return value
 
     def close(self) -> None:
@@ -202,6 +202,14 @@ class Raised(NamedTuple):
 
     kind: str
     text: str
+
+
+class ChildError(AssertionError):
+    """What a child raised, in its parent."""
+
+    def __init__(self, raised: Raised) -> None:
+        super().__init__(f"in the child: {raised.kind}: {raised.text}")
+        self.kind = raised.kind
 
 
 def _be_child(work: Callable[[Channel], object], channel: Channel, others: list[int]) -> NoReturn:

@@ -27,6 +27,7 @@ from tests.figures import report, rng, size
 from tests.memory import (
     Channel,
     Child,
+    ChildError,
     Neighbour,
     check_tables,
     closing,
@@ -358,14 +359,23 @@ def test_processes_look_once_a_second(store: MemoryStore) -> None:
     assert 0 < opened.next_look <= time.monotonic() + environments.LOOK_SECONDS
 
 
-def test_directories_that_come_and_go_while_processes_use_them_cost_no_error(base: Path, always_look: None) -> None:
+def test_directories_that_come_and_go_while_processes_use_them_leave_all_in_one_store(
+    base: Path, always_look: None
+) -> None:
+    """A use that falls between the removal of one file and of the next may be refused, by an error of the store."""
+    refused = 0
     with Neighbour(base) as first, Neighbour(base) as second:
         for number in range(100):
             for neighbour in (first, second):
                 neighbour.channel.send((create, handle(number), number))
             rmtree(base / "test", ignore_errors=True)
             for neighbour in (first, second):
-                assert neighbour.channel.receive() in (True, False)
+                try:
+                    assert neighbour.channel.receive() in (True, False)
+                except ChildError as error:
+                    assert error.kind in ("StoreError", "StoreFull", "UnsafeStore")
+                    refused += 1
+        assert refused < 20
         assert first(uuid_of) == second(uuid_of)
 
 

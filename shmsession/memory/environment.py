@@ -287,6 +287,10 @@ class Environment:
                 yield directory
         except FileNotFoundError:
             raise
+        except UnsafeStore as error:
+            if not self.path.exists():
+                raise FileNotFoundError(f"{self.path} was removed") from error
+            raise
         except (OSError, lmdb.Error) as error:
             if getattr(error, "code", 0) == errno.ENOENT:  # LMDB's way to say that the directory was removed
                 raise FileNotFoundError(str(error)) from error
