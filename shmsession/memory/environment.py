@@ -124,6 +124,7 @@ class Environment:
 
     def read(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` on one snapshot. It must copy out what it needs and return at once."""
+        self.open()
         return self._run(work, write=False)
 
     def write(self, work: Callable[[Txn, Tables], T]) -> T:
@@ -138,7 +139,7 @@ class Environment:
 
     def _run(self, work: Callable[[Txn, Tables], T], *, write: bool) -> T:
         for _ in range(ATTEMPTS):
-            opened = self.open()
+            opened = self._opened or self.open()
             try:
                 if monotonic() >= opened.next_look:
                     self._look(opened)
@@ -159,7 +160,7 @@ class Environment:
     @property
     def epoch(self) -> int:
         """The incarnation of this store."""
-        return self.open().epoch
+        return (self._opened or self.open()).epoch
 
     def usage(self, txn: Txn, tables: Tables) -> Usage:
         """How full the map is. Counting the pages in use costs microseconds, so it is done only past half."""

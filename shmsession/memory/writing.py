@@ -127,7 +127,8 @@ class Writer:
         if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
             unindex(txn, tables, handle, stored.header)
             index(txn, tables, handle, record.header)
-        self.settle(txn, tables, crowd, made_room)
+        if crowd is not None:
+            self.settle(txn, tables, crowd, made_room)
         return record
 
     def bury(
