@@ -80,7 +80,7 @@ class SessionMiddleware:
             if session.headers_sent:
                 raise
             await _unavailable(send, error)
-        except Exception:
+        except Exception:  # whatever the application raised goes on to the server
             store.commit_failed(session)
             raise
         else:
@@ -113,7 +113,7 @@ class SessionMiddleware:
             if session.headers_sent:
                 raise
             await send({"type": "websocket.close", "code": 1013, "reason": "sessions are unavailable"})
-        except Exception:
+        except Exception:  # whatever the application raised goes on to the server
             store.commit_failed(session)
             raise
         else:

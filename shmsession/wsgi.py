@@ -54,7 +54,7 @@ class SessionMiddleware:
             if session.headers_sent:
                 raise
             return response.unavailable(error)
-        except Exception:
+        except Exception:  # whatever the application raised goes on to the server
             response.fail()
             raise
         wrapper = environ.get("wsgi.file_wrapper")
@@ -114,7 +114,7 @@ class _Response:
         except StoreError as error:
             _close(body)
             return self.unavailable(error)
-        except Exception:
+        except Exception:  # whatever the application raised goes on to the server
             _close(body)
             raise
         return body
@@ -136,7 +136,7 @@ class _Response:
             if self._server_write is not None:
                 raise
             yield from self.unavailable(error)
-        except Exception:
+        except Exception:  # whatever the application raised goes on to the server
             self.fail()
             raise
 

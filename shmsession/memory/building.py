@@ -141,7 +141,7 @@ class Building:
             size = place.size_for(directory, self._map_size)
             lmdb.open(str(new), map_size=size, mode=0o700, sync=False).close()
             place.allocate(new / "data.mdb", descriptor, size)
-        except BaseException:
+        except BaseException:  # also when it is interrupted; it goes on
             shutil.rmtree(new, ignore_errors=True)
             raise
         finally:

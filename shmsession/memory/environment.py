@@ -323,7 +323,7 @@ class Environment:
                 )
             fcntl.flock(attached, fcntl.LOCK_SH)
             return self._attach(attached, words)
-        except BaseException:
+        except BaseException:  # also when it is interrupted; it goes on
             fcntl.flock(attached, fcntl.LOCK_UN)
             os.close(attached)
             raise
@@ -332,7 +332,7 @@ class Environment:
         env = open_lmdb(self.data)
         try:
             opened = Opened(env, attached, words, self.data)
-        except BaseException:
+        except BaseException:  # also when it is interrupted; it goes on
             env.close()
             raise
         self.building.verified = opened.identity
