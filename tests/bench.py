@@ -301,7 +301,7 @@ def at_scale(directory: Path, sessions: int, rounds: int) -> list[tuple[str, flo
     in this worker (it does not).
     """
     small = make_store(directory / "k", "k")
-    large = make_store(directory / "m", "m", map_size=max(64 << 20, sessions * 2600))
+    large = make_store(directory / "m", "m", map_size=max(64 << 20, sessions * 4096))
     pools = {"small": (small, [cookie_of(small) for _ in range(1_000)]), "large": (large, [])}
     every = max(1, sessions // 20_000)
     for number in range(sessions):
