@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shmsession import codec
 from tests.figures import SEED
 
 pytest_plugins = ["shmsession.testing"]
@@ -19,6 +20,17 @@ def place() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture(autouse=True)
+def registered_types() -> Iterator[None]:
+    """What a test, or an example of the documentation, registers is unknown to the next."""
+    by_class, by_name = dict(codec._by_class), dict(codec._by_name)
+    yield
+    codec._by_class.clear()
+    codec._by_name.clear()
+    codec._by_class.update(by_class)
+    codec._by_name.update(by_name)
 
 
 def pytest_report_header() -> str:

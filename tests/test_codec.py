@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any, cast
@@ -29,17 +29,6 @@ from tests.figures import report, rng, size
 from tests.properties import child_environment, examples, image, values
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1.json"
-
-
-@pytest.fixture(autouse=True)
-def registrations() -> Iterator[None]:
-    """Types that a test registers are forgotten after it."""
-    by_class, by_name = dict(codec._by_class), dict(codec._by_name)
-    yield
-    codec._by_class.clear()
-    codec._by_name.clear()
-    codec._by_class.update(by_class)
-    codec._by_name.update(by_name)
 
 
 # ── exact round trip ───────────────────────────────────────────────────────────────────────────────────────────
