@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
-from .cookies import with_session_headers
+from .commit import Outcome
 from .errors import ShmSessionError, StoreError
+from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, with_session_headers
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
-from .store import Outcome, SessionStore
+from .store import SessionStore
 
 logger = logging.getLogger("shmsession")
 
@@ -48,7 +49,7 @@ class SessionMiddleware:
             await self.app(scope, receive, send)
             return
         readonly = self._readonly is not None and self._readonly(scope["path"])
-        session = Session(self.store, partial(_cookie_header, scope["headers"]), readonly=readonly)
+        session = self.store.request_session(partial(_cookie_header, scope["headers"]), readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
             await self._websocket(session, scope, receive, send)
@@ -69,7 +70,7 @@ class SessionMiddleware:
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
                 if session.unavailable and message["status"] == 500:
-                    headers = [*message.get("headers", ()), (b"retry-after", b"5")]
+                    headers = [*message.get("headers", ()), RETRY_AFTER]
                     message = {**message, "status": 503, "headers": headers}
             if not refused:
                 await send(message)
@@ -84,7 +85,7 @@ class SessionMiddleware:
             store.commit_failed(session)
             raise
         else:
-            if not refused:
+            if not (refused or (session.headers_sent and session.is_settled)):
                 store.commit(session, failed=not session.headers_sent)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,9 +151,6 @@ def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: Sessi
 
 
 async def _unavailable(send: Send, error: StoreError) -> None:
-    body = b"Sessions are unavailable. Try again shortly.\n"
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body)),
-               (b"retry-after", b"5"), (b"cache-control", b"no-store")]  # fmt: skip
     logger.error("answered 503: %s", error)
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.start", "status": 503, "headers": list(UNAVAILABLE)})
+    await send({"type": "http.response.body", "body": UNAVAILABLE_BODY})

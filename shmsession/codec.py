@@ -69,8 +69,14 @@ def encode(value: object, key: object = None) -> bytes:
     Raises UnsupportedValue (a TypeError), naming `key`, for a type that is not stored, for more than MAX_DEPTH levels
     or MAX_ITEMS items, and for text that UTF-8 cannot carry.
     """
+    kind = type(value)
     try:
-        if type(value) not in IMMUTABLE:
+        if kind in _FIXED_SIZE or (kind is str and len(value) <= _SHORT):  # type: ignore[arg-type]
+            try:
+                return _pack_plain(value)
+            except OverflowError:
+                pass  # an int of more than 64 bits
+        elif kind not in IMMUTABLE:
             _inspect(value)
         return _pack(value)
     except UnsupportedValue as error:
@@ -91,6 +97,13 @@ def decode(raw: bytes) -> Any:
         raise
     except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError, OSError, UnpackException) as error:
         raise UndecodableValue(f"stored bytes that are no value: {type(error).__name__}") from error
+
+
+_FIXED_SIZE: Final[frozenset[type]] = frozenset({type(None), bool, int, float})
+_SHORT: Final = 1024
+_pack_plain: Callable[[object], bytes] = msgpack.Packer(use_bin_type=True).pack
+"""For what needs no extension and little memory, which a packer keeps. Packing it runs no Python code, so that the GIL
+is held throughout and all threads may share it."""
 
 
 def _pack(value: object) -> bytes:

@@ -138,9 +138,9 @@ class SessionConfig:
     """The end of every session, however busy, counted from its start or its login. None: no such end."""
     memory_lifespan: timedelta = _setting("MEMORY_LIFESPAN", _seconds, timedelta(hours=1))
     """How long a record that a backend has too stays in memory unused. Without a backend it has no effect."""
-    touch_interval: timedelta = TOUCH_INTERVAL
-    """Looking at a session moves its end at most this often; it may therefore end early by as much. Left alone, it is
-    never more than a tenth of `lifespan` or `max_lifespan`."""
+    touch_interval: timedelta | None = None
+    """Looking at a session moves its end at most this often; it may therefore end early by as much. None: every 60 s,
+    or a tenth of `lifespan` or `max_lifespan` if that is less."""
 
     map_size: int | None = _setting("MAP_SIZE", _bytes, None)
     """Bytes of shared memory. None: 256 MiB, or half of what the file system has free if that is less."""
@@ -231,11 +231,10 @@ class SessionConfig:
                 raise ConfigError(
                     f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years"
                 )
-        if self.touch_interval is TOUCH_INTERVAL:
-            object.__setattr__(self, "touch_interval", min(TOUCH_INTERVAL, self.lifespan / 10, self.max_lifespan / 10))
-        if not timedelta(0) <= self.touch_interval < self.lifespan:
+        interval = self.effective_touch_interval
+        if not timedelta(0) <= interval < self.lifespan:
             raise ConfigError(
-                f"touch_interval is {self.touch_interval}, lifespan {self.lifespan}: "
+                f"touch_interval is {interval}, lifespan {self.lifespan}: "
                 f"write a shorter touch_interval, from 0 on, or a longer lifespan ({PREFIX}LIFESPAN)"
             )
 
@@ -245,6 +244,13 @@ class SessionConfig:
         if self.cookie_name is not None:
             return self.cookie_name
         return "__Host-session" if self.secure else "session"
+
+    @property
+    def effective_touch_interval(self) -> timedelta:
+        """How often a look moves a session's end at most: the configured time, or one that fits the lifespans."""
+        if self.touch_interval is not None:
+            return self.touch_interval
+        return min(TOUCH_INTERVAL, self.lifespan / 10, self.max_lifespan / 10)
 
     @property
     def max_age(self) -> timedelta:
@@ -271,10 +277,10 @@ _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "path": ((str,), "a str"),
     **dict.fromkeys(("cookie_name", "domain", "name"), ((str, type(None)), "a str or None")),
     **dict.fromkeys(
-        ("lifespan", "max_lifespan", "memory_lifespan", "touch_interval"),
+        ("lifespan", "max_lifespan", "memory_lifespan"),
         ((timedelta,), "a timedelta, such as timedelta(hours=6)"),
     ),
-    "absolute_lifespan": ((timedelta, type(None)), "a timedelta or None"),
+    **dict.fromkeys(("absolute_lifespan", "touch_interval"), ((timedelta, type(None)), "a timedelta or None")),
     "mode": ((SessionMode,), "a SessionMode, such as SessionMode.PERSISTENT"),
     "cookie_mode": ((CookieMode,), "a CookieMode, such as CookieMode.PRIVATE"),
     "map_size": ((int, type(None)), "a number of bytes or None"),

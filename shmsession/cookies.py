@@ -24,8 +24,6 @@ OPENED_COOKIES: Final = 4096
 _HEAD = 1 + KEY_ID_BYTES
 _TO_STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
 
-RawHeaders = list[tuple[bytes, bytes]]
-
 
 class Ticket(NamedTuple):
     """A cookie that passed its seal. After `stale_after` milliseconds it is to be issued anew, for its Key or age."""
@@ -124,38 +122,3 @@ def _attributes(config: SessionConfig) -> str:
         )
         if wanted
     )
-
-
-def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHeaders:
-    """A response's headers when the application looked at its session: `Vary: Cookie`, once.
-
-    With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
-    """
-    if set_cookie is None:
-        for name, _ in headers:
-            if len(name) == 4 and name.lower() == b"vary":
-                break
-        else:
-            return [*headers, (b"vary", b"Cookie")]
-    result, vary = [], b"Cookie"
-    for name, value in headers:
-        lowered = name.lower()
-        if lowered == b"vary":
-            vary = _joined(vary, value)
-        elif set_cookie is None or lowered not in (b"cache-control", b"expires", b"pragma"):
-            result.append((name, value))
-    result.append((b"vary", vary))
-    if set_cookie is not None:
-        result.append((b"cache-control", b"no-store"))
-        result.append((b"set-cookie", set_cookie.encode("latin-1")))
-    return result
-
-
-def _joined(vary: bytes, more: bytes) -> bytes:
-    """Two Vary lists as one; * swallows all."""
-    known = [field.strip() for field in vary.split(b",")]
-    fields = [field.strip() for field in more.split(b",") if field.strip()]
-    if b"*" in known or b"*" in fields:
-        return b"*"
-    lowered = {field.lower() for field in known}
-    return b", ".join([field for field in fields if field.lower() not in lowered] + known)

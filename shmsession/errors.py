@@ -14,7 +14,9 @@ ShmSessionError
 └── StoreError                       the memory store cannot do it now: middleware answers 503
     ├── StoreFull                    no room left that may be used for this
     ├── Unreadable                   written under an unknown Key, or by a newer version
-    └── UnsafeStore                  the directory, a file in it or its other users are not to be trusted
+    ├── UnsafeStore                  the directory, a file in it or its other users are not to be trusted
+    └── BackendError                 the database behind the memory store answered with an error
+        └── BackendUnavailable       it could not be reached, or did not answer in time
 """
 
 
@@ -76,3 +78,11 @@ class Unreadable(StoreError):
 
 class UnsafeStore(StoreError):
     """The store's directory or a file in it is not private to this user and PID namespace: refused."""
+
+
+class BackendError(StoreError):
+    """The database answered with an error; the message says what to do. Sessions in memory go on working."""
+
+
+class BackendUnavailable(BackendError):
+    """The database could not be reached in time. Nothing is known of what it holds."""

@@ -54,7 +54,7 @@ class Header(NamedTuple):
     @property
     def expires(self) -> int:
         """When the session ends, in wall-clock milliseconds; for a tombstone, when it may be forgotten."""
-        return min(self.idle_expiry, self.absolute)
+        return self.idle_expiry if self.idle_expiry < self.absolute else self.absolute  # noqa: FURB136  # a fifth of min()'s time
 
 
 class Record:
@@ -114,6 +114,9 @@ class Changes(NamedTuple):
     storable: bool | None = None
     longterm: bool | None = None
     expect: Mapping[DataKey, bytes | None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Changes of {len(self.set)} keys, {len(self.deleted)} deleted>"
 
     def merged(self, data: Data) -> Data:
         """`data` with these changes; `data` itself is left alone."""
@@ -184,7 +187,9 @@ def next_header(
     header: Header, now: int, boot: int, changes: Changes, lifetimes: Lifetimes, epoch: int, key_id: bytes
 ) -> Header:
     """The header after one more commit. A wall clock that went back moves no expiry forward."""
-    flags = _with(_with(header.flags, STORABLE, changes.storable), LONGTERM, changes.longterm)
+    flags = header.flags
+    if changes.storable is not None or changes.longterm is not None:
+        flags = _with(_with(flags, STORABLE, changes.storable), LONGTERM, changes.longterm)
     last_seen, idle, horizon = header.last_seen, header.idle_expiry, header.horizon
     if changes.touch and now > last_seen:
         last_seen = now

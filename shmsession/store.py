@@ -1,6 +1,5 @@
 """The session store: joins memory, cookies and settings, and commits what a request did. It knows no protocol."""
 
-import contextlib
 import logging
 import os
 import threading
@@ -13,46 +12,24 @@ from typing import Final, NamedTuple, Self
 from weakref import WeakSet
 
 from .clock import Clock, SystemClock
-from .config import SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
+from .commit import SWEEP_BATCH, Committer
+from .config import SessionConfig, backend_url, default_name, warn_of_unknown_variables
 from .cookies import Cookies, Ticket
 from .errors import (
     ConfigError,
-    ReadOnlySession,
-    ResponseStarted,
-    SessionGone,
-    ShmSessionError,
-    StoreError,
-    StoreFull,
 )
-from .hooks import CommitDropped, CookieRefused, Hook, Hooks
-from .ids import handle_of, new_id, text_of
+from .hooks import CookieRefused, Hook, Hooks
+from .ids import handle_of, text_of
 from .keyring import Keyring
 from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
-from .record import NEVER, USER_KEY, Changes, Record
+from .record import NEVER, Changes, Record
 from .session import NOTHING, Resolved, Session
 
 logger = logging.getLogger("shmsession")
 
-SWEEP_INTERVAL_MS: Final = 5_000
-SWEEP_BATCH: Final = 100
-
 Credential = Callable[[], bytes]
 """Gives a request's Cookie header, joined with "; " when there were several; called when the application looks."""
-
-
-class Outcome(NamedTuple):
-    """What a commit asks of the response. `vary`: the application looked at its session."""
-
-    vary: bool = False
-    set_cookie: str | None = None
-
-    def __repr__(self) -> str:
-        return f"<Outcome, {'a' if self.set_cookie else 'no'} cookie>"
-
-
-UNTOUCHED: Final = Outcome()
-LOOKED: Final = Outcome(vary=True)
 
 
 class Stats(NamedTuple):
@@ -106,8 +83,9 @@ class SessionStore:
         self.hooks = Hooks(hooks)
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
-        self._touch_interval = max(1, milliseconds(self.config.touch_interval))
-        self._next_sweep = 0
+        self._committer = Committer(self)
+        self.commit = self._committer.commit
+        self.commit_failed = self._committer.commit_failed
         self._told_of_scheme = False
         self._memory: MemoryStore | None = None
         _stores.add(self)
@@ -226,150 +204,8 @@ class SessionStore:
         return self.memory.destroy(handle, self.clock.now())
 
     def save(self, session: Session) -> None:
-        """Commit a session's changes now (`Session.save`)."""
-        self._commit(session, self.clock.now())
-        if session.gone:
-            raise SessionGone("the session was renewed, destroyed or expired while this request held it")
-
-    # ── commit ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def commit(self, session: Session, *, failed: bool = False) -> Outcome:
-        """Write what a request did to its session when its response begins; `failed` drops it.
-
-        Returns what the response must carry. After the headers have left (`session.headers_sent`) it writes what came
-        since. Raises StoreError, ResponseStarted, SessionTooLarge, UnsupportedValue.
-        """
-        if not session.loaded or (session.headers_sent and session.is_settled):
-            return UNTOUCHED
-        now = self.clock.now()
-        if failed and not self.config.save_on_error:
-            session.discard()
-        else:
-            self._commit(session, now)
-        session.settle()
-        if not (session.owes_cookie or session.drops_cookie):
-            return LOOKED if session.accessed else UNTOUCHED
-        return Outcome(session.accessed, self._cookie(session, now))
-
-    def commit_failed(self, session: Session) -> None:
-        """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
-        if not session.loaded:
-            return
-        session.headers_sent = True
-        try:
-            if self.config.save_on_error:
-                self._commit(session, self.clock.now())
-        except ShmSessionError as error:  # the application's own exception is on its way, and must arrive
-            logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
-        session.discard()
-
-    def _cookie(self, session: Session, now: int) -> str | None:
-        """The Set-Cookie that the response must carry."""
-        if session.headers_sent or session.gone:
-            return None
-        if session.owes_cookie and session.secret is not None:
-            return self.cookies.issue(session.secret, now)
-        return self.cookies.expire() if session.drops_cookie else None
-
-    def _commit(self, session: Session, now: int) -> None:
-        touch = self._touch_due(session, now)
-        if session.is_unchanged and not touch:
-            return
-        if session.is_emptied and session.raw_handle is not None:
-            session.destroy()
-            return
-        changes = session.pending(touch=touch)
-        if changes is None:
-            return
-        if session.readonly:
-            raise ReadOnlySession(
-                "a value of a read-only session was changed in place: see readonly= of the middleware"
-            )
-        if session.gone:
-            self._drop(session, changes, now)
-        elif session.record is None:
-            self._create(session, changes, now)
-        elif session.wants_renewal:
-            self._renew(session, session.record, changes, now)
-        else:
-            self._update(session, session.record, changes, now)
-        if now >= self._next_sweep:
-            self._next_sweep = now + SWEEP_INTERVAL_MS
-            with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
-                self.memory.sweep(now, SWEEP_BATCH)
-
-    def _touch_due(self, session: Session, now: int) -> bool:
-        record = session.record
-        if record is None or session.gone or session.readonly or not session.accessed:
-            return False
-        return now - record.header.last_seen >= self._touch_interval
-
-    def _create(self, session: Session, changes: Changes, now: int) -> None:
-        user = session.encoded_user
-        if not (changes.set or user is not None or session.wants_creation):
-            return
-        self._need_headers(session)
-        secret = new_id()
-        handle = handle_of(secret)
-        stored = changes.set if user is None else {**changes.set, USER_KEY: user}
-        record = self.memory.create(handle, changes._replace(set=stored), now)
-        if record is None:  # pragma: no cover  # 256 random bits met twice
-            raise StoreError("the operating system's random source repeats itself")
-        session.committed(secret, handle, record, changes)
-
-    def _renew(self, session: Session, record: Record, changes: Changes, now: int) -> None:
-        self._need_headers(session)
-        assert session.raw_handle is not None
-        secret, user = new_id(), session.encoded_user
-        old, new = session.raw_handle, handle_of(secret)
-        found = self.memory.renew(old, new, record, changes, now, user, login=session.logs_in)
-        if isinstance(found, Missing):
-            self._drop(session, changes, now)
-        else:
-            session.committed(secret, new, found, changes)
-
-    def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
-        secret, handle = session.secret, session.raw_handle
-        assert secret is not None
-        assert handle is not None
-        sealed_by_newest = record.header.key_id == self.keyring.newest_id
-        if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
-            session.committed(secret, handle, record, changes)
-            return
-        try:
-            found = self.memory.update(handle, record, changes, now)
-        except StoreFull:
-            if not changes.is_touch:
-                raise
-            return
-        if isinstance(found, Record):
-            session.committed(secret, handle, found, changes)
-        else:
-            self._drop(session, changes, now)
-
-    def _is_current(self, handle: bytes, record: Record, now: int) -> bool:
-        found = self.memory.load(handle, now)
-        return isinstance(found, Record) and found.raw == record.raw
-
-    def _drop(self, session: Session, changes: Changes, now: int) -> None:
-        """The session ended elsewhere: nothing is written, no cookie sent; but a login begins a session of its own."""
-        if session.logs_in and not session.headers_sent:
-            session.begin_anew()
-            anew = session.pending()
-            assert anew is not None
-            self._create(session, anew, now)
-            return
-        session.gone = True
-        session.discard()
-        if not changes.is_touch:
-            self.hooks.emit(CommitDropped(session.handle or ""))
-
-    def _need_headers(self, session: Session) -> None:
-        if session.headers_sent:
-            raise ResponseStarted(
-                "the session needs a new cookie, but the response has begun: store something in it, call create(), or "
-                "renew() it before the first byte (before accept() on a websocket)"
-            )
+        """See `Port.save`."""
+        self._committer.save(session)
 
     def note_scheme(self, scheme: str) -> None:
         """A cookie was set in answer to a request of this scheme: say once when the browser will not send it back."""

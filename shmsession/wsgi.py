@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-from .cookies import with_session_headers
 from .errors import StoreError
+from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, as_text, with_session_headers
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
@@ -18,8 +18,6 @@ Headers = list[tuple[str, str]]
 Write = Callable[[bytes], object]
 StartResponse = Callable[..., Write]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
-
-_UNAVAILABLE: Final = b"Sessions are unavailable. Try again shortly.\n"
 
 
 class SessionMiddleware:
@@ -45,7 +43,8 @@ class SessionMiddleware:
         if (held is not None and held.port is self.store) or (self._skip is not None and self._skip(path)):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
-        session = Session(self.store, partial(_cookie_header, environ.get("HTTP_COOKIE", "")), readonly=readonly)
+        credential = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
+        session = self.store.request_session(credential, readonly=readonly)
         environ[ENVIRON_KEY] = session
         response = _Response(self.store, session, start_response, environ.get("wsgi.url_scheme", "http"))
         try:
@@ -96,12 +95,11 @@ class _Response:
         outcome = self._store.commit(self._session, failed=status[:1] >= "5")
         if outcome.vary:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            merged = with_session_headers(raw, outcome.set_cookie)
-            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in merged]
+            headers = as_text(with_session_headers(raw, outcome.set_cookie))
         if outcome.set_cookie is not None:
             self._store.note_scheme(self._scheme)
         if self._session.unavailable and status[:3] == "500":
-            status, headers = "503 Service Unavailable", [*headers, ("Retry-After", "5")]
+            status, headers = "503 Service Unavailable", [*headers, *as_text([RETRY_AFTER])]
         self._session.headers_sent = True
         more = () if exc_info is None else (exc_info,)
         self._server_write = self._start_response(status, headers, *more)
@@ -159,10 +157,8 @@ class _Response:
         if self._session.loaded:
             self._session.discard()
             self._session.settle()
-        headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(_UNAVAILABLE))),
-                   ("Retry-After", "5"), ("Cache-Control", "no-store")]  # fmt: skip
-        self._server_write = self._start_response("503 Service Unavailable", headers)
-        return [_UNAVAILABLE]
+        self._server_write = self._start_response("503 Service Unavailable", as_text(UNAVAILABLE))
+        return [UNAVAILABLE_BODY]
 
 
 def _cookie_header(header: str) -> bytes:

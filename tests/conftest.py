@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shmsession import codec
+from shmsession import codec, draft
 from tests.figures import SEED
 
 pytest_plugins = ["shmsession.testing"]
@@ -31,6 +31,14 @@ def registered_types() -> Iterator[None]:
     codec._by_name.clear()
     codec._by_class.update(by_class)
     codec._by_name.update(by_name)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks_between_sessions() -> Iterator[None]:
+    """All sessions that nobody has edited share one object: no edit may reach it."""
+    before = {**vars(draft.UNEDITED), "assigned": set(), "deleted": set()}
+    yield
+    assert vars(draft.UNEDITED) == before
 
 
 def pytest_report_header() -> str:

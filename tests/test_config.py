@@ -158,7 +158,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert (config.secure, config.same_site, config.http_only, config.path) == (True, "Lax", True, "/")
     assert (config.domain, config.partitioned) == (None, False)
     assert (config.lifespan, config.max_lifespan) == (timedelta(hours=6), timedelta(days=60))
-    assert (config.absolute_lifespan, config.touch_interval) == (None, timedelta(seconds=60))
+    assert (config.absolute_lifespan, config.effective_touch_interval) == (None, timedelta(seconds=60))
     assert SessionConfig(secure=False).effective_cookie_name == "session"
 
 
@@ -275,8 +275,8 @@ def test_a_touch_interval_that_would_end_busy_sessions_is_refused(seconds: int) 
 def test_a_short_lifespan_shortens_the_touch_interval_that_nobody_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """SHMSESSION_LIFESPAN=2 must work alone, and a busy session must live."""
     monkeypatch.setenv("SHMSESSION_LIFESPAN", "2")
-    assert SessionConfig().touch_interval == timedelta(milliseconds=200)
-    assert SessionConfig(lifespan=timedelta(minutes=10)).touch_interval == timedelta(seconds=60)
+    assert SessionConfig().effective_touch_interval == timedelta(milliseconds=200)
+    assert SessionConfig(lifespan=timedelta(minutes=10)).effective_touch_interval == timedelta(seconds=60)
 
 
 @pytest.mark.parametrize("settings", [{"max_size": 255}, {"max_size": (16 << 20) + 1}, {"map_size": (1 << 20) - 1}])

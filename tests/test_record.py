@@ -105,8 +105,9 @@ def test_data_is_a_messagepack_map_of_encoded_values(data: Data, user: bool) -> 
     assert Record(b"", first(), b"").split() == {}
 
 
-def test_a_records_repr_shows_no_data() -> None:
-    """Records end in logs."""
+def test_the_repr_of_a_record_and_of_changes_shows_no_data() -> None:
+    """They end in logs."""
+    assert "hunter2" not in repr(Changes({"pw": b"hunter2"}, deleted={"hunter2"}, expect={"pw": b"hunter2"}))
     assert "hunter2" not in repr(Record(b"hunter2", first(), join({"pw": b"hunter2"})))
 
 

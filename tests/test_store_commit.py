@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shmsession import session as session_module
+from shmsession.commit import Outcome
 from shmsession.errors import (
     ContentionError,
     ReadOnlySession,
@@ -26,7 +26,7 @@ from shmsession.errors import (
 )
 from shmsession.hooks import CommitDropped, CookieRefused, Event
 from shmsession.session import Session
-from shmsession.store import Outcome, SessionStore
+from shmsession.store import SessionStore
 from shmsession.testing import ManualClock, make_store
 from tests.commit_worker import GONE, Slots
 from tests.figures import report, size
@@ -75,14 +75,6 @@ class Browser:
         return self.request().to_dict()
 
 
-@pytest.fixture(autouse=True)
-def nothing_leaks_between_sessions() -> Iterator[None]:
-    """All sessions that nobody has edited share one object: no edit may reach it."""
-    before = {**vars(session_module._UNEDITED), "assigned": set(), "deleted": set()}
-    yield
-    assert vars(session_module._UNEDITED) == before
-
-
 @pytest.fixture
 def events() -> list[Event]:
     return []
@@ -113,7 +105,7 @@ def last_transaction(store: SessionStore) -> int:
 def bytes_of(session: Session) -> bytes | None:
     """The stored record, raw."""
     assert session.raw_handle is not None
-    store = session._port
+    store = session.port
     assert isinstance(store, SessionStore)
     return store.memory.environment.get(session.raw_handle)
 

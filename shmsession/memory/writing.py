@@ -60,8 +60,6 @@ class Writer:
         for tried in range(MAP_FULL_ATTEMPTS):
             try:
                 result = self._environment.write(attempt)
-                self._tell()
-                return result
             except StoreFull as error:
                 last = tried == MAP_FULL_ATTEMPTS - 1
                 if not last and isinstance(error.__cause__, lmdb.Error) and not self._is_crowded():
@@ -72,6 +70,9 @@ class Writer:
                     raise
                 else:
                     attempt = partial(work, made_room=True)
+            else:
+                self._tell()
+                return result
         raise AssertionError("unreachable")  # pragma: no cover
 
     def clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
@@ -121,7 +122,8 @@ class Writer:
         """Put a record in the place of `stored`, if it may grow that much; returns it as stored."""
         growth = len(record.raw) - len(stored.raw)
         crowd = self.admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
-        record = self._dirtied(txn, tables, handle, record)
+        if self._backend:
+            record = self._dirtied(txn, tables, handle, record)
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header
         if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:

@@ -1,0 +1,211 @@
+"""The commit: from what a request did to its session, to the memory store and the response. It knows no protocol."""
+
+import contextlib
+import logging
+from typing import Final, NamedTuple, Protocol
+
+from .clock import Clock
+from .config import SessionConfig, milliseconds
+from .cookies import Cookies
+from .errors import ReadOnlySession, ResponseStarted, SessionGone, ShmSessionError, StoreError, StoreFull
+from .hooks import CommitDropped, Hooks
+from .ids import handle_of, new_id
+from .keyring import Keyring
+from .memory.store import MemoryStore, Missing
+from .record import USER_KEY, Changes, Record
+from .session import Session
+
+logger = logging.getLogger("shmsession")
+
+SWEEP_INTERVAL_MS: Final = 5_000
+SWEEP_BATCH: Final = 100
+
+
+class Outcome(NamedTuple):
+    """What a commit asks of the response. `vary`: the application looked at its session."""
+
+    vary: bool = False
+    set_cookie: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Outcome, {'a' if self.set_cookie else 'no'} cookie>"
+
+
+UNTOUCHED: Final = Outcome()
+LOOKED: Final = Outcome(vary=True)
+
+
+class Parts(Protocol):
+    """What a commit needs of a session store. The last three are made when they are first used."""
+
+    config: SessionConfig
+    clock: Clock
+    hooks: Hooks
+
+    @property
+    def cookies(self) -> Cookies:
+        """Writes the cookie."""
+        ...
+
+    @property
+    def keyring(self) -> Keyring:
+        """Its newest Key seals records."""
+        ...
+
+    @property
+    def memory(self) -> MemoryStore:
+        """Where records are."""
+        ...
+
+
+class Committer:
+    """Writes what requests did to their sessions."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._clock = parts.clock
+        self._save_on_error = parts.config.save_on_error
+        self._touch_interval = max(1, milliseconds(parts.config.effective_touch_interval))
+        self._next_sweep = 0
+
+    def commit(self, session: Session, *, failed: bool = False) -> Outcome:
+        """Write what a request did to its session when its response begins; `failed` drops it.
+
+        Returns what the response must carry. After the headers have left (`session.headers_sent`) it writes what came
+        since. Raises StoreError, ResponseStarted, SessionTooLarge, UnsupportedValue.
+        """
+        if not session.loaded or (session.headers_sent and session.is_settled):
+            return UNTOUCHED
+        now = self._clock.now()
+        if failed and not self._save_on_error:
+            session.discard()
+        else:
+            self._commit(session, now)
+        session.settle()
+        if not (session.owes_cookie or session.drops_cookie):
+            return LOOKED if session.accessed else UNTOUCHED
+        return Outcome(session.accessed, self._cookie(session, now))
+
+    def commit_failed(self, session: Session) -> None:
+        """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
+        if not session.loaded:
+            return
+        session.headers_sent = True
+        try:
+            if self._save_on_error:
+                self._commit(session, self._clock.now())
+        except ShmSessionError as error:  # the application's own exception is on its way, and must arrive
+            logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
+        session.discard()
+
+    def save(self, session: Session) -> None:
+        """Commit a session's changes now (`Session.save`)."""
+        self._commit(session, self._clock.now())
+        if session.gone:
+            raise SessionGone("the session was renewed, destroyed or expired while this request held it")
+
+    def _cookie(self, session: Session, now: int) -> str | None:
+        """The Set-Cookie that the response must carry."""
+        if session.headers_sent or session.gone:
+            return None
+        if session.owes_cookie and session.secret is not None:
+            return self._parts.cookies.issue(session.secret, now)
+        return self._parts.cookies.expire() if session.drops_cookie else None
+
+    def _commit(self, session: Session, now: int) -> None:
+        touch = self._touch_due(session, now)
+        if session.edits.cleared and session.is_emptied and session.raw_handle is not None:
+            session.destroy()
+            return
+        changes = session.pending(touch=touch)
+        if changes is None:
+            return
+        if session.readonly:
+            raise ReadOnlySession(
+                "a value of a read-only session was changed in place: see readonly= of the middleware"
+            )
+        if session.gone:
+            self._drop(session, changes, now)
+        elif session.record is None:
+            self._create(session, changes, now)
+        elif session.edits.renew:
+            self._renew(session, session.record, changes, now)
+        else:
+            self._update(session, session.record, changes, now)
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL_MS
+            with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
+                self._parts.memory.sweep(now, SWEEP_BATCH)
+
+    def _touch_due(self, session: Session, now: int) -> bool:
+        record = session.record
+        if record is None or session.gone or session.readonly or not session.accessed:
+            return False
+        return now - record.header.last_seen >= self._touch_interval
+
+    def _create(self, session: Session, changes: Changes, now: int) -> None:
+        user = session.encoded_user
+        if not (changes.set or user is not None or session.edits.create):
+            return
+        self._need_headers(session)
+        secret = new_id()
+        handle = handle_of(secret)
+        stored = changes.set if user is None else {**changes.set, USER_KEY: user}
+        record = self._parts.memory.create(handle, changes._replace(set=stored), now)
+        if record is None:  # pragma: no cover  # 256 random bits met twice
+            raise StoreError("the operating system's random source repeats itself")
+        session.committed(secret, handle, record, changes)
+
+    def _renew(self, session: Session, record: Record, changes: Changes, now: int) -> None:
+        self._need_headers(session)
+        assert session.raw_handle is not None
+        secret, user = new_id(), session.encoded_user
+        old, new = session.raw_handle, handle_of(secret)
+        found = self._parts.memory.renew(old, new, record, changes, now, user, login=session.edits.logs_in)
+        if isinstance(found, Missing):
+            self._drop(session, changes, now)
+        else:
+            session.committed(secret, new, found, changes)
+
+    def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
+        secret, handle = session.secret, session.raw_handle
+        assert secret is not None
+        assert handle is not None
+        sealed_by_newest = record.header.key_id == self._parts.keyring.newest_id
+        if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
+            session.committed(secret, handle, record, changes)
+            return
+        try:
+            found = self._parts.memory.update(handle, record, changes, now)
+        except StoreFull:
+            if not changes.is_touch:
+                raise
+            return
+        if isinstance(found, Record):
+            session.committed(secret, handle, found, changes)
+        else:
+            self._drop(session, changes, now)
+
+    def _is_current(self, handle: bytes, record: Record, now: int) -> bool:
+        found = self._parts.memory.load(handle, now)
+        return isinstance(found, Record) and found.raw == record.raw
+
+    def _drop(self, session: Session, changes: Changes, now: int) -> None:
+        """The session ended elsewhere: nothing is written, no cookie sent; but a login begins a session of its own."""
+        if session.edits.logs_in and not session.headers_sent:
+            session.begin_anew()
+            anew = session.pending()
+            assert anew is not None
+            self._create(session, anew, now)
+            return
+        session.gone = True
+        session.discard()
+        if not changes.is_touch:
+            self._parts.hooks.emit(CommitDropped(session.handle or ""))
+
+    def _need_headers(self, session: Session) -> None:
+        if session.headers_sent:
+            raise ResponseStarted(
+                "the session needs a new cookie, but the response has begun: store something in it, call create(), or "
+                "renew() it before the first byte (before accept() on a websocket)"
+            )

@@ -1,0 +1,305 @@
+"""The working copy of a record: a mapping that knows what was read and changed in it. No store, no HTTP, no I/O."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Final, Self
+
+from .codec import IMMUTABLE, decode, encode
+from .errors import ReadOnlySession, SessionTooLarge
+from .record import USER_KEY, Changes, Data, DataKey, Record, join
+
+KEEP: Final = object()
+"""In place of a user id: the one that is stored."""
+_TOUCHED: Final = Changes(touch=True)
+_MAP_HEADER: Final = 4
+"""The header of the record's map grows by so much at most."""
+
+
+class Edits:
+    """What was done to a draft and is not committed. `size`: the bytes its map would take."""
+
+    cleared = create = renew = touch = False
+    storable: bool | None = None
+    longterm: bool | None = None
+    user: Any = KEEP
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.assigned: set[str] = set()
+        self.deleted: set[str] = set()
+
+    @property
+    def logs_in(self) -> bool:
+        """Whether a user was named."""
+        return self.user is not KEEP and self.user is not None
+
+
+class _Unedited(Edits):
+    """Nothing done. One object stands for that in every draft, so it must never change."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(size=0, assigned=frozenset(), deleted=frozenset())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AssertionError("a draft was changed without edit()")
+
+
+UNEDITED: Final[Edits] = _Unedited()
+
+
+class Draft(MutableMapping[str, Any]):
+    """A record's data with what a request does to it. Values are decoded when they are read, once.
+
+    Before `load` has run nothing is known: every look at it goes through there.
+    """
+
+    loaded = False
+    accessed = False
+    readonly = False
+    max_size: int
+    record: Record | None = None
+    edits: Edits = UNEDITED
+    _settled = False
+
+    def load(self) -> None:
+        """Stand at what there is (`reset`), once. May raise what a store raises."""
+        raise NotImplementedError
+
+    def reset(self, record: Record | None) -> None:
+        """Stand at `record` with nothing pending and nothing read."""
+        self.record = record
+        self._data: Data = {} if record is None else record.split()
+        self._base = self._data
+        self._seen: dict[str, Any] = {}
+        self._mutable: dict[str, bytes | None] = {}
+        self.edits = UNEDITED
+
+    def discard(self) -> None:
+        """Forget what was changed and not committed."""
+        self.reset(self.record)
+
+    def _look(self) -> None:
+        """The application looks."""
+        if not self.loaded:
+            self.load()
+        self.accessed = True
+
+    def edit(self) -> Edits:
+        """The application changes something: what it has changed so far. Raises ReadOnlySession."""
+        if not self.accessed:
+            self._look()
+        if self.readonly:
+            raise ReadOnlySession("this session was opened read-only: see readonly= of the SessionMiddleware")
+        self._settled = False
+        if self.edits is UNEDITED:
+            self.edits = Edits(1 if self.record is None else len(self.record.data))
+            self._data = dict(self._base)
+        return self.edits
+
+    # ── mapping ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __getitem__(self, key: str) -> Any:
+        if not self.accessed:
+            self._look()
+        if key in self._seen:
+            return self._seen[key]
+        if type(key) is not str or key not in self._data:
+            raise KeyError(key)
+        raw = self._data[key]
+        value = self._seen[key] = decode(raw)
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = raw
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if type(key) is not str:
+            raise TypeError(f"session keys are str, not {type(key).__name__}")
+        raw = encode(value, key)
+        name_size = _name_size(key)
+        edits = self.edit()
+        old = self._data.get(key)
+        grows_by = _framed(raw) + (name_size if old is None else -_framed(old))
+        size = edits.size + grows_by
+        if size + _MAP_HEADER > self.max_size and grows_by > 0:
+            raise SessionTooLarge(
+                f"session[{key!r}] would make the session {size} bytes, max_size is {self.max_size}: "
+                "store less in it, or raise SessionConfig(max_size=)"
+            )
+        edits.size = size
+        self._data[key] = raw
+        self._seen[key] = value
+        edits.assigned.add(key)
+        edits.deleted.discard(key)
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = None
+
+    def __delitem__(self, key: str) -> None:
+        edits = self.edit()
+        if type(key) is not str:
+            raise KeyError(key)
+        edits.size -= _framed(self._data.pop(key)) + _name_size(key)
+        self._forget(key)
+        edits.deleted.add(key)
+
+    def _forget(self, key: str) -> None:
+        self._seen.pop(key, None)
+        self._mutable.pop(key, None)
+        self.edits.assigned.discard(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._look()
+        return iter([key for key in self._data if type(key) is str])
+
+    def __len__(self) -> int:
+        self._look()
+        return sum(type(key) is str for key in self._data)
+
+    def __contains__(self, key: object) -> bool:
+        self._look()
+        return type(key) is str and key in self._data
+
+    def clear(self) -> None:
+        """Remove everything, the user too. A request that does this and stores nothing else destroys the session;
+        one that stores something gets a new id if somebody was logged in."""
+        edits = self.edit()
+        if self.user_id is not None:
+            edits.user, edits.renew = None, True
+        self._data, edits.size, edits.cleared = {}, 1, True
+        for state in (self._seen, self._mutable, edits.assigned, edits.deleted):
+            state.clear()
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove the last key and return it with its value, as dict does."""
+        for key in reversed(list(self)):
+            return key, self.pop(key)
+        raise KeyError("the session is empty")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict of the application's data."""
+        return {key: self[key] for key in self}
+
+    def copy(self) -> dict[str, Any]:
+        """The same as `to_dict`, by dict's name for it."""
+        return self.to_dict()
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.to_dict(), **other}
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self.to_dict()}
+
+    def __ior__(self, other: Mapping[str, Any]) -> Self:
+        self.update(other)
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # ── the user ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def user_id(self) -> Any:
+        """Whom `renew(user_id=…)` logged in; None for nobody."""
+        self._look()
+        if self.edits.user is not KEEP:
+            return self.edits.user
+        raw = self._data.get(USER_KEY)
+        return None if raw is None else decode(raw)
+
+    @property
+    def encoded_user(self) -> bytes | None:
+        """The user id that a commit stores, encoded."""
+        if self.edits.user is KEEP:
+            return self._data.get(USER_KEY)
+        return None if self.edits.user is None else encode(self.edits.user, "user_id")
+
+    # ── what a commit asks ────────────────────────────────────────────────────────────────────────────────────
+
+    def pending(self, *, touch: bool = False) -> Changes | None:
+        """What a commit has to write; None for nothing. Raises UnsupportedValue for nested edits that cannot be."""
+        edits = self.edits
+        if edits is UNEDITED and not self._mutable:
+            return _TOUCHED if touch else None
+        changed: dict[DataKey, bytes] = {}
+        for key, seen in self._mutable.items():
+            raw = encode(self._seen[key], key)
+            if raw != seen:
+                changed[key] = raw
+        for key in edits.assigned:
+            if key not in changed:
+                changed[key] = self._data[key]
+        touch = touch or edits.touch
+        changes = Changes(changed, edits.deleted, edits.cleared, touch, edits.storable, edits.longterm)
+        return changes if changed or touch or edits.renew or edits.create or not changes.is_touch else None
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether `clear()` was called and nothing was stored since."""
+        return self.edits.cleared and not self.edits.logs_in and not len(self)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing can have changed since `settle`."""
+        return self._settled and not self._mutable
+
+    def settle(self) -> None:
+        """Everything so far has been committed or dropped."""
+        self._settled = True
+
+    def is_pending(self, key: str) -> bool:
+        """Whether a commit would write this key."""
+        if key in self.edits.assigned or key in self.edits.deleted:
+            return True
+        seen = self._mutable.get(key)
+        return seen is not None and encode(self._seen[key], key) != seen
+
+    def assigned(self) -> dict[str, Any]:
+        """What was assigned and not committed."""
+        return {key: self._seen[key] for key in self.edits.assigned}
+
+    # ── moving on ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stored(self, key: str) -> bytes | None:
+        """The encoded value that the record has under a key."""
+        return self._base.get(key)
+
+    def rebase(self, record: Record) -> None:
+        """Stand at the record as it is now; what was read or changed stays as it was."""
+        pending: Data = {key: self._data[key] for key in self.edits.assigned}
+        read: Data = {key: self._data[key] for key in self._seen if key in self._data}
+        self.record, self._base = record, record.split()
+        self._data = {key: raw for key, raw in self._base.items() if key not in self.edits.deleted} | read | pending
+
+    def replaced(self, key: str, value: Any, raw: bytes) -> None:
+        """The record has this value now."""
+        self._data[key] = raw
+        self.edits.size = len(join(self._data))
+        self._forget(key)
+        self._seen[key] = value
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = raw
+
+    def moved_to(self, record: Record, changes: Changes) -> None:
+        """Stand at what was committed; what was read stays readable, and nested edits of it are still noticed."""
+        values, data = self._seen, self._data
+        self.reset(record)
+        for key, value in values.items():
+            if key not in self._base:
+                continue
+            raw = changes.set.get(key, data.get(key))
+            if type(value) not in IMMUTABLE:
+                self._seen[key], self._mutable[key] = value, raw
+            elif raw == self._base.get(key):
+                self._seen[key] = value
+
+
+def _name_size(key: str) -> int:
+    """How many bytes a key takes in the record's map. Raises UnsupportedValue for one that UTF-8 cannot carry."""
+    if not key.isascii():
+        return len(encode(key, key))
+    size = len(key)
+    return size + (1 if size < 32 else 2 if size < 1 << 8 else 3 if size < 1 << 16 else 5)
+
+
+def _framed(raw: bytes) -> int:
+    """How many bytes an encoded value takes in the record's map."""
+    size = len(raw)
+    return size + (2 if size < 1 << 8 else 3 if size < 1 << 16 else 5)

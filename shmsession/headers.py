@@ -1,0 +1,54 @@
+"""What a session does to a response: its headers, and the answer when sessions are unavailable."""
+
+from typing import Final
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+RETRY_AFTER: Final = (b"retry-after", b"5")
+UNAVAILABLE_BODY: Final = b"Sessions are unavailable. Try again shortly.\n"
+UNAVAILABLE: Final[RawHeaders] = [
+    (b"content-type", b"text/plain; charset=utf-8"),
+    (b"content-length", b"%d" % len(UNAVAILABLE_BODY)),
+    RETRY_AFTER,
+    (b"cache-control", b"no-store"),
+]
+
+
+def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHeaders:
+    """A response's headers when the application looked at its session: `Vary: Cookie`, once.
+
+    With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
+    """
+    if set_cookie is None:
+        for name, _ in headers:
+            if len(name) == 4 and name.lower() == b"vary":
+                break
+        else:
+            return [*headers, (b"vary", b"Cookie")]
+    result, vary = [], b"Cookie"
+    for name, value in headers:
+        lowered = name.lower()
+        if lowered == b"vary":
+            vary = _joined(vary, value)
+        elif set_cookie is None or lowered not in (b"cache-control", b"expires", b"pragma"):
+            result.append((name, value))
+    result.append((b"vary", vary))
+    if set_cookie is not None:
+        result.append((b"cache-control", b"no-store"))
+        result.append((b"set-cookie", set_cookie.encode("latin-1")))
+    return result
+
+
+def _joined(vary: bytes, more: bytes) -> bytes:
+    """Two Vary lists as one; * swallows all."""
+    known = [field.strip() for field in vary.split(b",")]
+    fields = [field.strip() for field in more.split(b",") if field.strip()]
+    if b"*" in known or b"*" in fields:
+        return b"*"
+    lowered = {field.lower() for field in known}
+    return b", ".join([field for field in fields if field.lower() not in lowered] + known)
+
+
+def as_text(headers: RawHeaders) -> list[tuple[str, str]]:
+    """Headers as WSGI has them (PEP 3333)."""
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
