@@ -85,7 +85,7 @@ class SessionMiddleware:
             store.commit_failed(session)
             raise
         else:
-            if not (refused or (session.headers_sent and session.is_settled)):
+            if not (refused or (session.headers_sent and session.is_settled)):  # as commit() asks, a call earlier
                 store.commit(session, failed=not session.headers_sent)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ import msgpack
 from msgpack import ExtType, UnpackException
 
 from .errors import ConfigError, UndecodableValue, UnsupportedValue
+from .record import pack_plain
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ def encode(value: object, key: object = None) -> bytes:
     try:
         if kind in _FIXED_SIZE or (kind is str and len(value) <= _SHORT):  # type: ignore[arg-type]
             try:
-                return _pack_plain(value)
+                return pack_plain(value)
             except OverflowError:
                 pass  # an int of more than 64 bits
         elif kind not in IMMUTABLE:
@@ -101,9 +102,6 @@ def decode(raw: bytes) -> Any:
 
 _FIXED_SIZE: Final[frozenset[type]] = frozenset({type(None), bool, int, float})
 _SHORT: Final = 1024
-_pack_plain: Callable[[object], bytes] = msgpack.Packer(use_bin_type=True).pack
-"""For what needs no extension and little memory, which a packer keeps. Packing it runs no Python code, so that the GIL
-is held throughout and all threads may share it."""
 
 
 def _pack(value: object) -> bytes:

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from .clock import Clock
-from .config import SessionConfig, milliseconds
+from .config import SessionConfig
 from .cookies import Cookies
 from .errors import ReadOnlySession, ResponseStarted, SessionGone, ShmSessionError, StoreError, StoreFull
 from .hooks import CommitDropped, Hooks
@@ -35,38 +35,29 @@ UNTOUCHED: Final = Outcome()
 LOOKED: Final = Outcome(vary=True)
 
 
-class Parts(Protocol):
-    """What a commit needs of a session store. The last three are made when they are first used."""
+class Committer:
+    """Writes what requests did to their sessions. A session store is one that has these parts."""
 
     config: SessionConfig
     clock: Clock
     hooks: Hooks
+    _touch_interval: int
+    _next_sweep = 0
 
     @property
     def cookies(self) -> Cookies:
         """Writes the cookie."""
-        ...
+        raise NotImplementedError
 
     @property
     def keyring(self) -> Keyring:
         """Its newest Key seals records."""
-        ...
+        raise NotImplementedError
 
     @property
     def memory(self) -> MemoryStore:
         """Where records are."""
-        ...
-
-
-class Committer:
-    """Writes what requests did to their sessions."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._clock = parts.clock
-        self._save_on_error = parts.config.save_on_error
-        self._touch_interval = max(1, milliseconds(parts.config.effective_touch_interval))
-        self._next_sweep = 0
+        raise NotImplementedError
 
     def commit(self, session: Session, *, failed: bool = False) -> Outcome:
         """Write what a request did to its session when its response begins; `failed` drops it.
@@ -76,8 +67,8 @@ class Committer:
         """
         if not session.loaded or (session.headers_sent and session.is_settled):
             return UNTOUCHED
-        now = self._clock.now()
-        if failed and not self._save_on_error:
+        now = self.clock.now()
+        if failed and not self.config.save_on_error:
             session.discard()
         else:
             self._commit(session, now)
@@ -92,15 +83,15 @@ class Committer:
             return
         session.headers_sent = True
         try:
-            if self._save_on_error:
-                self._commit(session, self._clock.now())
+            if self.config.save_on_error:
+                self._commit(session, self.clock.now())
         except ShmSessionError as error:  # the application's own exception is on its way, and must arrive
             logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
         session.discard()
 
     def save(self, session: Session) -> None:
         """Commit a session's changes now (`Session.save`)."""
-        self._commit(session, self._clock.now())
+        self._commit(session, self.clock.now())
         if session.gone:
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
 
@@ -109,12 +100,12 @@ class Committer:
         if session.headers_sent or session.gone:
             return None
         if session.owes_cookie and session.secret is not None:
-            return self._parts.cookies.issue(session.secret, now)
-        return self._parts.cookies.expire() if session.drops_cookie else None
+            return self.cookies.issue(session.secret, now)
+        return self.cookies.expire() if session.drops_cookie else None
 
     def _commit(self, session: Session, now: int) -> None:
         touch = self._touch_due(session, now)
-        if session.edits.cleared and session.is_emptied and session.raw_handle is not None:
+        if session.is_emptied and session.raw_handle is not None:
             session.destroy()
             return
         changes = session.pending(touch=touch)
@@ -135,7 +126,7 @@ class Committer:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_MS
             with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
-                self._parts.memory.sweep(now, SWEEP_BATCH)
+                self.memory.sweep(now, SWEEP_BATCH)
 
     def _touch_due(self, session: Session, now: int) -> bool:
         record = session.record
@@ -151,7 +142,7 @@ class Committer:
         secret = new_id()
         handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
-        record = self._parts.memory.create(handle, changes._replace(set=stored), now)
+        record = self.memory.create(handle, changes._replace(set=stored), now)
         if record is None:  # pragma: no cover  # 256 random bits met twice
             raise StoreError("the operating system's random source repeats itself")
         session.committed(secret, handle, record, changes)
@@ -161,7 +152,7 @@ class Committer:
         assert session.raw_handle is not None
         secret, user = new_id(), session.encoded_user
         old, new = session.raw_handle, handle_of(secret)
-        found = self._parts.memory.renew(old, new, record, changes, now, user, login=session.edits.logs_in)
+        found = self.memory.renew(old, new, record, changes, now, user, login=session.edits.logs_in)
         if isinstance(found, Missing):
             self._drop(session, changes, now)
         else:
@@ -171,12 +162,12 @@ class Committer:
         secret, handle = session.secret, session.raw_handle
         assert secret is not None
         assert handle is not None
-        sealed_by_newest = record.header.key_id == self._parts.keyring.newest_id
+        sealed_by_newest = record.header.key_id == self.keyring.newest_id
         if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
             session.committed(secret, handle, record, changes)
             return
         try:
-            found = self._parts.memory.update(handle, record, changes, now)
+            found = self.memory.update(handle, record, changes, now)
         except StoreFull:
             if not changes.is_touch:
                 raise
@@ -187,7 +178,7 @@ class Committer:
             self._drop(session, changes, now)
 
     def _is_current(self, handle: bytes, record: Record, now: int) -> bool:
-        found = self._parts.memory.load(handle, now)
+        found = self.memory.load(handle, now)
         return isinstance(found, Record) and found.raw == record.raw
 
     def _drop(self, session: Session, changes: Changes, now: int) -> None:
@@ -201,7 +192,7 @@ class Committer:
         session.gone = True
         session.discard()
         if not changes.is_touch:
-            self._parts.hooks.emit(CommitDropped(session.handle or ""))
+            self.hooks.emit(CommitDropped(session.handle or ""))
 
     def _need_headers(self, session: Session) -> None:
         if session.headers_sent:

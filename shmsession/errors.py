@@ -11,7 +11,7 @@ ShmSessionError
 ├── CodecError (ValueError)
 │   ├── UnsupportedValue (TypeError) a value that cannot be stored, named by its key
 │   └── UndecodableValue             stored bytes that this process cannot decode
-└── StoreError                       the memory store cannot do it now: middleware answers 503
+└── StoreError                       sessions cannot be served now: middleware answers 503
     ├── StoreFull                    no room left that may be used for this
     ├── Unreadable                   written under an unknown Key, or by a newer version
     ├── UnsafeStore                  the directory, a file in it or its other users are not to be trusted

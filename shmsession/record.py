@@ -6,6 +6,7 @@ Everything here is pure: bytes and numbers in, bytes and numbers out. Times are 
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -27,8 +28,17 @@ DataKey = str | int
 Data = dict[DataKey, bytes]
 """Already encoded values by key. The application's keys are str; int keys are the library's own (0: the user id)."""
 
-_pack: Callable[[Data], bytes] = msgpack.Packer(use_bin_type=True).pack
-"""One packer for all threads: packing str, int and bytes runs no Python code, so the GIL is held throughout."""
+
+def _plain_packer() -> Callable[[object], bytes]:
+    if msgpack.Packer.__module__ == "msgpack.fallback":  # pure Python: threads would write into each other's buffers
+        return partial(msgpack.packb, use_bin_type=True)
+    pack: Callable[[object], bytes] = msgpack.Packer(use_bin_type=True).pack
+    return pack
+
+
+pack_plain: Final = _plain_packer()
+"""MessagePack of what needs no extension and not much memory, which a packer keeps. One packer serves all threads:
+packing such values runs no Python code, so that the GIL is held throughout."""
 
 _LAYOUT = struct.Struct(">BB4sQQQQQQQQQ8s")
 HEADER_BYTES: Final = _LAYOUT.size
@@ -158,7 +168,7 @@ def unpack_header(raw: bytes) -> Header:
 
 def join(data: Data) -> bytes:
     """A MessagePack map of key to encoded value."""
-    return _pack(data)
+    return pack_plain(data)
 
 
 def split(data: bytes) -> Data:

@@ -1,14 +1,14 @@
-"""The session as the application sees it: a draft of its record, and the verbs. It knows no store and no HTTP."""
+"""The session as the application sees it: a working copy of its record, and verbs. It knows no store and no HTTP."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
 from .codec import decode, encode
-from .draft import KEEP, Draft
 from .errors import ContentionError, NoSessionError, SessionGone, StoreError
 from .ids import text_of
 from .record import LONGTERM, NEVER, STORABLE, Changes, Record
+from .working import KEEP, WorkingCopy
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Port(Protocol):
         ...
 
 
-class Session(Draft):
+class Session(WorkingCopy):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
 
     # What is so until something happens: making and reading a session must cost next to nothing.
@@ -96,7 +96,12 @@ class Session(Draft):
 
     # ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def load(self) -> None:
+    @property
+    def max_size(self) -> int:
+        """See SessionConfig."""
+        return self.port.max_size
+
+    def _load(self) -> None:
         """Resolve the request's credential."""
         self.start(NOTHING if self._credential is None else self._asked(self.port.resolve, self._credential))
 
@@ -111,10 +116,9 @@ class Session(Draft):
     def start(self, found: Resolved) -> None:
         """Stand at what a credential led to."""
         self.secret, self.raw_handle, record, self._stale_cookie, self.gone, self._presented = found
-        self.max_size = self.port.max_size
         self.loaded = True
         self.drops_cookie = False
-        self.reset(record)
+        self._reset(record)
 
     def __repr__(self) -> str:
         if not self.loaded:

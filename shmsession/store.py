@@ -1,4 +1,4 @@
-"""The session store: joins memory, cookies and settings, and commits what a request did. It knows no protocol."""
+"""The session store: joins memory, cookies and settings under the commit. It knows no protocol."""
 
 import logging
 import os
@@ -13,11 +13,9 @@ from weakref import WeakSet
 
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH, Committer
-from .config import SessionConfig, backend_url, default_name, warn_of_unknown_variables
+from .config import SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
 from .cookies import Cookies, Ticket
-from .errors import (
-    ConfigError,
-)
+from .errors import ConfigError
 from .hooks import CookieRefused, Hook, Hooks
 from .ids import handle_of, text_of
 from .keyring import Keyring
@@ -53,7 +51,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class SessionStore:
+class SessionStore(Committer):
     """The sessions of one application on this host.
 
     `backend` None keeps them in memory only, across restarts of the server but not of the machine. Settings come from
@@ -83,9 +81,7 @@ class SessionStore:
         self.hooks = Hooks(hooks)
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
-        self._committer = Committer(self)
-        self.commit = self._committer.commit
-        self.commit_failed = self._committer.commit_failed
+        self._touch_interval = max(1, milliseconds(self.config.effective_touch_interval))
         self._told_of_scheme = False
         self._memory: MemoryStore | None = None
         _stores.add(self)
@@ -202,10 +198,6 @@ class SessionStore:
     def kill(self, handle: bytes) -> bool:
         """See `Port.kill`."""
         return self.memory.destroy(handle, self.clock.now())
-
-    def save(self, session: Session) -> None:
-        """See `Port.save`."""
-        self._committer.save(session)
 
     def note_scheme(self, scheme: str) -> None:
         """A cookie was set in answer to a request of this scheme: say once when the browser will not send it back."""

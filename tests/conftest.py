@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shmsession import codec, draft
+from shmsession import codec, working
 from tests.figures import SEED
 
 pytest_plugins = ["shmsession.testing"]
@@ -36,9 +36,9 @@ def registered_types() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_leaks_between_sessions() -> Iterator[None]:
     """All sessions that nobody has edited share one object: no edit may reach it."""
-    before = {**vars(draft.UNEDITED), "assigned": set(), "deleted": set()}
+    before = {**vars(working.UNEDITED), "assigned": set(), "deleted": set()}
     yield
-    assert vars(draft.UNEDITED) == before
+    assert vars(working.UNEDITED) == before
 
 
 def pytest_report_header() -> str:

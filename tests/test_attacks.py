@@ -241,7 +241,7 @@ def test_housekeeping_that_fails_costs_no_request_its_answer(
 ) -> None:
     session = visit(store, stored(store, a=1))
     session.renew(user_id="ada")
-    store._committer._next_sweep = 0
+    store._next_sweep = 0
 
     def failing(*_: object) -> int:
         raise StoreError("no")

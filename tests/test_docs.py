@@ -44,8 +44,8 @@ STORE_INTERNALS: Final = {
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
     "assigned", "begin_anew", "committed", "discard", "drops_cookie", "edit", "edits", "encoded_user", "gone",
-    "headers_sent", "is_emptied", "is_pending", "is_settled", "load", "loaded", "max_size", "moved_to", "owes_cookie",
-    "pending", "port", "raw_handle", "rebase", "record", "replaced", "reset", "secret", "settle", "start", "stored",
+    "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to", "owes_cookie",
+    "pending", "port", "raw_handle", "rebase", "record", "replaced", "secret", "settle", "start", "stored",
     "unavailable",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}

@@ -1,5 +1,6 @@
 """The hooks for gunicorn, called as gunicorn calls them."""
 
+import gc
 import inspect
 import logging
 import os
@@ -259,3 +260,15 @@ def test_an_arbiter_leaves_the_store_of_workers_that_run_as_another_user_alone(
 
 def test_the_hooks_find_every_store_that_is_in_use(shm_store: SessionStore) -> None:
     assert shm_store in stores()
+
+
+def test_checking_the_variables_leaves_no_store_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers would inherit it, and open it beside the application's own."""
+    monkeypatch.setenv("SHMSESSION_DIR", str(place / "sessions"))
+    before = stores()
+    gc.disable()
+    try:
+        hooks._check_variables()
+        assert stores() == before
+    finally:
+        gc.enable()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from starlette.requests import HTTPConnection, Request
 
-from shmsession import draft
+from shmsession import working
 from shmsession.errors import (
     NoSessionError,
     ReadOnlySession,
@@ -301,7 +301,7 @@ def test_a_value_that_cannot_be_decoded_is_an_error_for_its_key_alone(
     stored = shm_store.session()
     stored.update({"good": 1, "bad": "x", "worse": "y"})
     with monkeypatch.context() as patched:
-        patched.setattr(draft, "encode", lambda value, key=None: b"\xc7\x00\x63" if value in ("x", "y") else b"\x01")
+        patched.setattr(working, "encode", lambda value, key=None: b"\xc7\x00\x63" if value in ("x", "y") else b"\x01")
         stored["bad"], stored["worse"] = "x", "y"
     stored.save()
     session = shm_store.session(stored.id)

@@ -122,7 +122,7 @@ class Writer:
         """Put a record in the place of `stored`, if it may grow that much; returns it as stored."""
         growth = len(record.raw) - len(stored.raw)
         crowd = self.admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
-        if self._backend:
+        if self._backend:  # spares a call
             record = self._dirtied(txn, tables, handle, record)
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header

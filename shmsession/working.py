@@ -15,7 +15,7 @@ _MAP_HEADER: Final = 4
 
 
 class Edits:
-    """What was done to a draft and is not committed. `size`: the bytes its map would take."""
+    """What was done to a working copy and is not committed. `size`: the bytes its map would take."""
 
     cleared = create = renew = touch = False
     storable: bool | None = None
@@ -34,37 +34,41 @@ class Edits:
 
 
 class _Unedited(Edits):
-    """Nothing done. One object stands for that in every draft, so it must never change."""
+    """Nothing done. One object stands for that in every working copy, so it must never change."""
 
     def __init__(self) -> None:
         self.__dict__.update(size=0, assigned=frozenset(), deleted=frozenset())
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AssertionError("a draft was changed without edit()")
+        raise AssertionError("a working copy was changed without edit()")
 
 
 UNEDITED: Final[Edits] = _Unedited()
 
 
-class Draft(MutableMapping[str, Any]):
+class WorkingCopy(MutableMapping[str, Any]):
     """A record's data with what a request does to it. Values are decoded when they are read, once.
 
-    Before `load` has run nothing is known: every look at it goes through there.
+    Before `_load` has run nothing is known: every look at it goes through there.
     """
 
     loaded = False
     accessed = False
     readonly = False
-    max_size: int
     record: Record | None = None
     edits: Edits = UNEDITED
     _settled = False
 
-    def load(self) -> None:
-        """Stand at what there is (`reset`), once. May raise what a store raises."""
+    @property
+    def max_size(self) -> int:
+        """How many bytes the data may take."""
         raise NotImplementedError
 
-    def reset(self, record: Record | None) -> None:
+    def _load(self) -> None:
+        """Stand at what there is (`_reset`), once. May raise what a store raises."""
+        raise NotImplementedError
+
+    def _reset(self, record: Record | None) -> None:
         """Stand at `record` with nothing pending and nothing read."""
         self.record = record
         self._data: Data = {} if record is None else record.split()
@@ -75,17 +79,17 @@ class Draft(MutableMapping[str, Any]):
 
     def discard(self) -> None:
         """Forget what was changed and not committed."""
-        self.reset(self.record)
+        self._reset(self.record)
 
     def _look(self) -> None:
         """The application looks."""
         if not self.loaded:
-            self.load()
+            self._load()
         self.accessed = True
 
     def edit(self) -> Edits:
         """The application changes something: what it has changed so far. Raises ReadOnlySession."""
-        if not self.accessed:
+        if not (self.accessed and self.loaded):
             self._look()
         if self.readonly:
             raise ReadOnlySession("this session was opened read-only: see readonly= of the SessionMiddleware")
@@ -280,7 +284,7 @@ class Draft(MutableMapping[str, Any]):
     def moved_to(self, record: Record, changes: Changes) -> None:
         """Stand at what was committed; what was read stays readable, and nested edits of it are still noticed."""
         values, data = self._seen, self._data
-        self.reset(record)
+        self._reset(record)
         for key, value in values.items():
             if key not in self._base:
                 continue
