@@ -253,6 +253,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def stop(pid: int) -> None:
+    """SIGSTOP, and wait until it has stopped: on its way there it may still accept a connection."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline, state = time.monotonic() + PATIENCE, Path(f"/proc/{pid}/stat")
+    while state.read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline, f"{pid} does not stop"
+        os.sched_yield()
+
+
 def children(pid: int) -> list[int]:
     """The running children of a process, of all its threads."""
     found: list[int] = []
@@ -471,7 +480,7 @@ class Server:
             while len(answered) < self.workers:
                 pid = self.browser().get("/ping").pid
                 answered.add(pid)
-                os.kill(pid, signal.SIGSTOP)
+                stop(pid)
         finally:
             for pid in answered:
                 os.kill(pid, signal.SIGCONT)
@@ -488,7 +497,7 @@ class Server:
         """Stop all other workers: which one takes a connection is the kernel's choice. They must be idle."""
         others = [other for other in self.worker_pids() if other != pid]
         for other in others:
-            os.kill(other, signal.SIGSTOP)
+            stop(other)
         try:
             yield
         finally:
