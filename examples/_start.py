@@ -9,7 +9,7 @@ BOOT_ERROR = 3  # gunicorn and uvicorn stop at this exit status; after any other
 
 
 def store_or_exit() -> SessionStore:
-    """A store that keeps sessions in memory only; every setting is a SHMSESSION_* variable."""
+    """A store whose every setting is a SHMSESSION_* variable, the database behind it too."""
     try:
         return SessionStore()
     except ConfigError as error:

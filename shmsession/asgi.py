@@ -49,7 +49,10 @@ class SessionMiddleware:
             await self.app(scope, receive, send)
             return
         readonly = self._readonly is not None and self._readonly(scope["path"])
-        session = self.store.request_session(partial(_cookie_header, scope["headers"]), readonly=readonly)
+        credential: Any = partial(_cookie_header, scope["headers"])
+        if self.store.is_persistent:
+            credential = await self.store.prefetch(credential)
+        session = self.store.request_session(credential, readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
             await self._websocket(session, scope, receive, send)
@@ -67,6 +70,8 @@ class SessionMiddleware:
                     await _unavailable(send, error)
                     return
                 session.headers_sent = True
+                if outcome.through:
+                    await store.persisted(outcome.through)
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
                 if session.unavailable and message["status"] == 500:
@@ -102,6 +107,8 @@ class SessionMiddleware:
             if kind in ("websocket.accept", "websocket.http.response.start"):
                 outcome = store.commit(session, failed=message.get("status", 101) >= 500)
                 session.headers_sent = True
+                if outcome.through:
+                    await store.persisted(outcome.through)
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
             elif kind == "websocket.close":
@@ -131,7 +138,12 @@ class SessionMiddleware:
         async def receive_again() -> Message:
             return first.pop() if first else await receive()
 
-        await self.app(scope, receive_again, send)
+        async def send_after_flush(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown."):  # after it the server need not wait any more
+                await self.store.flush()
+            await send(message)
+
+        await self.app(scope, receive_again, send_after_flush)
         self.store.close()
 
 

@@ -22,10 +22,14 @@ SWEEP_BATCH: Final = 100
 
 
 class Outcome(NamedTuple):
-    """What a commit asks of the response. `vary`: the application looked at its session."""
+    """What a commit asks of the response. `vary`: the application looked at its session.
+
+    `through`: sessions that the backend should have heard of before the response leaves.
+    """
 
     vary: bool = False
     set_cookie: str | None = None
+    through: tuple[bytes, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Outcome, {'a' if self.set_cookie else 'no'} cookie>"
@@ -59,6 +63,19 @@ class Committer:
         """Where records are."""
         raise NotImplementedError
 
+    @property
+    def is_persistent(self) -> bool:
+        """Whether a backend keeps sessions beyond this machine's memory."""
+        raise NotImplementedError
+
+    def refill(self, handle: bytes) -> bool:
+        """Whether the backend had a session that left memory while a request held it; then it is there again.
+
+        Blocks while the backend is asked, which is rare: nothing leaves within a minute of its last change. Raises
+        BackendError.
+        """
+        raise NotImplementedError
+
     def commit(self, session: Session, *, failed: bool = False) -> Outcome:
         """Write what a request did to its session when its response begins; `failed` drops it.
 
@@ -73,9 +90,10 @@ class Committer:
         else:
             self._commit(session, now)
         session.settle()
-        if not (session.owes_cookie or session.drops_cookie):
+        if not (session.owes_cookie or session.drops_cookie or session.through):
             return LOOKED if session.accessed else UNTOUCHED
-        return Outcome(session.accessed, self._cookie(session, now))
+        through, session.through = session.through, ()
+        return Outcome(session.accessed, self._cookie(session, now), through if self.is_persistent else ())
 
     def commit_failed(self, session: Session) -> None:
         """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
@@ -123,6 +141,8 @@ class Committer:
             self._renew(session, session.record, changes, now)
         else:
             self._update(session, session.record, changes, now)
+        if self.config.write == "through" and session.raw_handle is not None and not changes.is_touch:
+            session.through += (session.raw_handle,)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_MS
             with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
@@ -139,6 +159,8 @@ class Committer:
         if not (changes.set or user is not None or session.edits.create):
             return
         self._need_headers(session)
+        if session.edits.logs_in and session.raw_handle is not None and not session.gone:
+            self.memory.destroy(session.raw_handle, now)  # the backend could not say whose it is: nobody's any more
         secret = new_id()
         handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
@@ -152,10 +174,14 @@ class Committer:
         assert session.raw_handle is not None
         secret, user = new_id(), session.encoded_user
         old, new = session.raw_handle, handle_of(secret)
-        found = self.memory.renew(old, new, record, changes, now, user, login=session.edits.logs_in)
+        login = session.edits.logs_in
+        found = self.memory.renew(old, new, record, changes, now, user, login=login)
+        if found is Missing.UNKNOWN and self.refill(old):
+            found = self.memory.renew(old, new, record, changes, now, user, login=login)
         if isinstance(found, Missing):
             self._drop(session, changes, now)
         else:
+            session.through += (old,)
             session.committed(secret, new, found, changes)
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
@@ -168,6 +194,8 @@ class Committer:
             return
         try:
             found = self.memory.update(handle, record, changes, now)
+            if found is Missing.UNKNOWN and self.refill(handle):
+                found = self.memory.update(handle, record, changes, now)
         except StoreFull:
             if not changes.is_touch:
                 raise
@@ -192,6 +220,7 @@ class Committer:
         session.gone = True
         session.discard()
         if not changes.is_touch:
+            self.memory.environment.counters.add("dropped")
             self.hooks.emit(CommitDropped(session.handle or ""))
 
     def _need_headers(self, session: Session) -> None:

@@ -157,6 +157,24 @@ class SessionConfig:
     save_on_error: bool = False
     """Keep a request's changes also when it ends with status 500 or above, or with an exception."""
 
+    write: Literal["behind", "through"] = "behind"
+    """With a backend: whether a response waits until the backend has what it committed (through). Destroying, renewing
+    and revoking always wait."""
+    through_timeout: timedelta = timedelta(milliseconds=250)
+    """How long a response waits for the backend at most; then it goes on, and what waits is flushed later."""
+    flush_interval: timedelta = timedelta(seconds=1)
+    """How long a commit waits before it is sent to the backend, at most, while that is up."""
+    load_timeout: timedelta = timedelta(seconds=5)
+    """How long a request waits for a session that only the backend has."""
+    drain_timeout: timedelta = timedelta(seconds=10)
+    """How long a server that stops goes on sending what waits for the backend."""
+    on_backend_error: Literal["unavailable", "anonymous"] = "unavailable"
+    """What a request gets whose session only the backend has, when that cannot be asked: a 503, or no session."""
+    database_keys: tuple[Key, ...] = ()
+    """Keys that seal sessions in the backend, oldest first; none: whoever reads the database can read them."""
+    allow_shared: bool = False
+    """Whether other stores, on other hosts, may keep their sessions in the same tables."""
+
     def __post_init__(self) -> None:
         self._check_types()
         self._check_modes()
@@ -179,9 +197,14 @@ class SessionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value:
                 object.__setattr__(self, name, Path(value))
-        if not all(isinstance(key, Key) for key in self.keys):
-            raise ConfigError("keys: write a sequence of Keys, such as (Key.parse(text),)")
-        object.__setattr__(self, "keys", tuple(self.keys))
+        for name in ("keys", "database_keys"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(key, Key) for key in value):
+                raise ConfigError(f"{name}: write a sequence of Keys, such as (Key.parse(text),)")
+            object.__setattr__(self, name, tuple(value))
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: write {' or '.join(words)}")
         for name, (kinds, advice) in _TYPES.items():
             value = getattr(self, name)
             if type(value) not in kinds and not (isinstance(value, Path) and type(None) in kinds):
@@ -225,12 +248,11 @@ class SessionConfig:
             )
 
     def _check_times(self) -> None:
-        for what in ("lifespan", "max_lifespan", "absolute_lifespan", "memory_lifespan"):
+        for what in ("lifespan", "max_lifespan", "absolute_lifespan", "memory_lifespan", *_WAITS):
             value = getattr(self, what)
             if value is not None and not timedelta(0) < value <= timedelta(days=36_500):
-                raise ConfigError(
-                    f"{PREFIX}{what.upper()} ({what}) is {value}: write more than 0 seconds, at most 100 years"
-                )
+                setting = what if what in _WAITS else f"{PREFIX}{what.upper()} ({what})"
+                raise ConfigError(f"{setting} is {value}: write more than 0 seconds, at most 100 years")
         interval = self.effective_touch_interval
         if not timedelta(0) <= interval < self.lifespan:
             raise ConfigError(
@@ -267,17 +289,23 @@ class SessionConfig:
             None if absolute is None else milliseconds(absolute),
         )
 
-    def keyring(self, name: str) -> Keyring:
-        """The configured Keys, or those of the key file, which is made on first use."""
-        return Keyring(self.keys or load_or_create(self.key_file or _state_directory() / f"{name}.key"))
+    def keyring(self, name: str, beside: Path | None = None) -> Keyring:
+        """The configured Keys, or those of the key file, which is made on first use; `beside` says where else."""
+        return Keyring(self.keys or load_or_create(self.key_file or beside or _state_directory() / f"{name}.key"))
 
+
+_WAITS: Final = ("through_timeout", "flush_interval", "load_timeout", "drain_timeout")
+"""Times that have no variable."""
+_WORDS: Final = {"write": ("behind", "through"), "on_backend_error": ("unavailable", "anonymous")}
 
 _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
-    **dict.fromkeys(("secure", "http_only", "partitioned", "save_on_error"), ((bool,), "True or False")),
+    **dict.fromkeys(
+        ("secure", "http_only", "partitioned", "save_on_error", "allow_shared"), ((bool,), "True or False")
+    ),
     "path": ((str,), "a str"),
     **dict.fromkeys(("cookie_name", "domain", "name"), ((str, type(None)), "a str or None")),
     **dict.fromkeys(
-        ("lifespan", "max_lifespan", "memory_lifespan"),
+        ("lifespan", "max_lifespan", "memory_lifespan", *_WAITS),
         ((timedelta,), "a timedelta, such as timedelta(hours=6)"),
     ),
     **dict.fromkeys(("absolute_lifespan", "touch_interval"), ((timedelta, type(None)), "a timedelta or None")),
@@ -323,9 +351,8 @@ def warn_of_unknown_variables() -> None:
 
 
 def backend_url() -> str | None:
-    """SHMSESSION_BACKEND, or None for memory only."""
-    text = os.environ.get(PREFIX + "BACKEND")
-    return None if text is None or text == "none" else text
+    """SHMSESSION_BACKEND; None when it is not set."""
+    return os.environ.get(PREFIX + "BACKEND")
 
 
 def _state_directory() -> Path:

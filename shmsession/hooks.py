@@ -26,7 +26,7 @@ class CommitDropped:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """`count` anonymous sessions were removed from memory to make room for others."""
+    """`count` sessions were removed from memory to make room: ones that the backend has, or else anonymous ones."""
 
     count: int
 
@@ -46,7 +46,28 @@ class Quarantined:
     imported: int
 
 
-Event = CookieRefused | CommitDropped | Evicted | RecordCorrupt | Quarantined
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """The backend has `count` more commits."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlushFailed:
+    """The backend could not be given what waits for it; `reason` says why. It is tried again by itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendForgot:
+    """The backend did not have what it had acknowledged: `count` sessions are sent again."""
+
+    count: int
+
+
+Event = BackendForgot | CookieRefused | CommitDropped | Evicted | Flushed | FlushFailed | RecordCorrupt | Quarantined
 
 
 class Hook(Protocol):

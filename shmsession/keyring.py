@@ -68,14 +68,14 @@ class Key:
 
 
 class Keyring:
-    """Keys from oldest to newest: the newest seals, all of them open."""
+    """Keys from oldest to newest: the newest seals, all of them open. `purpose` parts what they seal from all else."""
 
-    def __init__(self, keys: Sequence[Key]) -> None:
+    def __init__(self, keys: Sequence[Key], purpose: str = "cookie") -> None:
         if not keys:
             raise ConfigError("a keyring needs at least one Key: make one with Key.generate()")
         self.keys = tuple(keys)
         self.newest_id: Final = keys[-1].id
-        self._ciphers = {key.id: AESGCM(key.derive("cookie")) for key in keys}
+        self._ciphers = {key.id: AESGCM(key.derive(purpose)) for key in keys}
         self._seal = self._ciphers[self.newest_id].encrypt
         self._macs = {key.id: blake2b(key=key.derive("record"), digest_size=MAC_BYTES) for key in keys}
 

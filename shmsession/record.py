@@ -196,7 +196,7 @@ def first_header(
 def next_header(
     header: Header, now: int, boot: int, changes: Changes, lifetimes: Lifetimes, epoch: int, key_id: bytes
 ) -> Header:
-    """The header after one more commit. A wall clock that went back moves no expiry forward."""
+    """The header after one more commit. A wall clock that went back moves no expiry forward, and no epoch back."""
     flags = header.flags
     if changes.storable is not None or changes.longterm is not None:
         flags = _with(_with(flags, STORABLE, changes.storable), LONGTERM, changes.longterm)
@@ -207,8 +207,8 @@ def next_header(
         idle = lifetimes.idle_expiry(last_seen, flags)
         horizon = max(horizon, min(idle, header.absolute))
     return Header(
-        FORMAT, flags, key_id, epoch, header.version + 1, header.dirty_seq, header.created, last_seen, idle,
-        header.absolute, horizon, boot, header.user_tag,
+        FORMAT, flags, key_id, max(header.epoch, epoch), header.version + 1, header.dirty_seq, header.created,
+        last_seen, idle, header.absolute, horizon, boot, header.user_tag,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ ENVIRON_KEY: Final = "shmsession.session"
 class Resolved(NamedTuple):
     """What a request's credential leads to: a stored session, none (`record` None), or one that is `gone`.
 
+    A handle without a record that is not gone: nobody could say, and the request goes on without one.
     `presented`: the request carried a session cookie, good or bad.
     """
 
@@ -57,6 +58,10 @@ class Port(Protocol):
         """Commit the session's changes now. Raises SessionGone, ResponseStarted, StoreError."""
         ...
 
+    async def persisted(self, handles: tuple[bytes, ...], timeout: float | None) -> bool:  # noqa: ASYNC109
+        """Wait until the backend has these sessions; whether it has."""
+        ...
+
 
 class Session(WorkingCopy):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
@@ -70,6 +75,8 @@ class Session(WorkingCopy):
     """The store could not serve this session: a status 500 that the framework made of it is a 503."""
     secret: bytes | None = None
     raw_handle: bytes | None = None
+    through: tuple[bytes, ...] = ()
+    """Sessions for which the response waits until the backend has heard of them."""
     _presented = _stale_cookie = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -263,10 +270,13 @@ class Session(WorkingCopy):
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
         object afterwards begins a new session, unless another request ended this one first: then it is dropped."""
         self.edit()
-        if self.raw_handle is not None and not self._asked(self.port.kill, self.raw_handle):
+        known = self.exists or self.gone
+        if self.raw_handle is not None and not self._asked(self.port.kill, self.raw_handle) and known:
             self.discard()
             self.gone = True
             return
+        if self.raw_handle is not None:
+            self.through += (self.raw_handle,)
         self.gone = False
         presented = self._presented
         self.start(NOTHING)
@@ -297,6 +307,14 @@ class Session(WorkingCopy):
         """
         self._look()
         self._asked(self.port.save, self)
+
+    async def persisted(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
+        """Wait until the backend has what was committed of this session; whether it has.
+
+        `timeout` in seconds; None: `through_timeout`. False when it passed, or the backend is down: what was committed
+        is sent later. True at once without a backend.
+        """
+        return self.raw_handle is None or await self.port.persisted((self.raw_handle,), timeout)
 
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 

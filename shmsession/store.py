@@ -1,5 +1,7 @@
 """The session store: joins memory, cookies and settings under the commit. It knows no protocol."""
 
+import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -11,17 +13,22 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 from weakref import WeakSet
 
+from .backends import Backend, connect
+from .backends.sqlite import SQLiteBackend
+from .behind import Behind
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH, Committer
-from .config import SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
+from .config import PREFIX, SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
 from .cookies import Cookies, Ticket
-from .errors import ConfigError
+from .errors import BackendError, ConfigError, StoreError
+from .flusher import Flusher
 from .hooks import CookieRefused, Hook, Hooks
 from .ids import handle_of, text_of
 from .keyring import Keyring
 from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
 from .record import NEVER, Changes, Record
+from .rows import Rows
 from .session import NOTHING, Resolved, Session
 
 logger = logging.getLogger("shmsession")
@@ -31,12 +38,19 @@ Credential = Callable[[], bytes]
 
 
 class Stats(NamedTuple):
-    """Sessions in memory, pages of 4 KiB in use and in all, reader slots in use; events of this process by kind."""
+    """Numbers for operators. `counters` are those of all processes since the store was made, `events` of this one.
+
+    sessions: in memory. pages: of 4 KiB. readers: slots in use. outbox: commits that wait for the backend; flush_lag:
+    how long the oldest of them has waited, in seconds.
+    """
 
     sessions: int
     pages_used: int
     pages: int
     readers: int
+    outbox: int
+    flush_lag: float
+    counters: dict[str, int]
     events: dict[str, int]
 
 
@@ -54,26 +68,23 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 class SessionStore(Committer):
     """The sessions of one application on this host.
 
-    `backend` None keeps them in memory only, across restarts of the server but not of the machine. Settings come from
-    `config`, and what it leaves open from SHMSESSION_* variables. `name` and `clock` override the configured name and
-    the system's clocks; `hooks` are called with the events of `shmsession.hooks`. Nothing is opened before the first
-    use, or `open()`. Raises ConfigError.
+    `backend` keeps them beyond this host's memory: a URL such as sqlite:///sessions.db, or an object of your own
+    (`shmsession.backends.Backend`). "none": memory only, across restarts of the server but not of the machine. None:
+    what SHMSESSION_BACKEND says, or memory only. Settings come from `config`, and what it leaves open from SHMSESSION_*
+    variables. `name` and `clock` override the configured name and the system's clocks; `hooks` are called with the
+    events of `shmsession.hooks`. Nothing is opened before the first use, or `open()`. Raises ConfigError.
     """
 
     def __init__(
         self,
-        backend: str | None = None,
+        backend: str | Backend | None = None,
         *,
         config: SessionConfig | None = None,
         name: str | None = None,
         hooks: Sequence[Hook] = (),
         clock: Clock | None = None,
     ) -> None:
-        url = backend_url() if backend is None else backend
-        if url is not None:
-            raise ConfigError(
-                "SHMSESSION_BACKEND (backend): this version keeps sessions in memory only: leave it out, or write none"
-            )
+        chosen = backend_url() if backend is None else backend
         warn_of_unknown_variables()
         config = config or SessionConfig()
         self.config = config if name is None else replace(config, name=name)
@@ -83,18 +94,40 @@ class SessionStore(Committer):
         self.max_size = self.config.max_size
         self._touch_interval = max(1, milliseconds(self.config.effective_touch_interval))
         self._told_of_scheme = False
+        if chosen == "none":
+            chosen = None
+        try:
+            self._backend = connect(chosen) if isinstance(chosen, str) else chosen
+        except ConfigError as error:
+            if backend is not None:
+                raise
+            raise ConfigError(f"{PREFIX}BACKEND: {error}") from error
+        self._url = chosen if isinstance(chosen, str) else None
         self._memory: MemoryStore | None = None
+        self._behind: Behind | None = None
+        self._check_keys()
         _stores.add(self)
 
     # ── lifetime ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self) -> Self:
-        """Open the memory store in this process now instead of at first use. Raises ConfigError, StoreError."""
+        """Open the memory store in this process now instead of at first use, and begin to flush to the backend.
+
+        Raises ConfigError, StoreError. A backend that is down is no error.
+        """
         self.memory.open()
+        if self._backend is not None:
+            self.behind.start()
         return self
 
     def close(self) -> None:
-        """Close the memory store in this process; sessions stay. A later use opens it again."""
+        """Close the memory store in this process; sessions stay. A later use opens it again.
+
+        What waits for the backend goes on waiting; `flush` sends it first.
+        """
+        behind, self._behind = self._behind, None
+        if behind is not None and behind.pid == os.getpid():
+            behind.close()
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
@@ -111,7 +144,15 @@ class SessionStore(Committer):
     @cached_property
     def keyring(self) -> Keyring:
         """The configured Keys, or those of the key file. Raises ConfigError."""
-        return self.config.keyring(self.name)
+        beside = Path(f"{self._backend.path}.key") if isinstance(self._backend, SQLiteBackend) else None
+        return self.config.keyring(self.name, beside)
+
+    def _check_keys(self) -> None:
+        if self._backend is not None and self._backend.remote and not (self.config.keys or self.config.key_file):
+            raise ConfigError(
+                f"sessions in {self._backend.name} outlive this machine, so the Keys that seal their cookies must too: "
+                "set SHMSESSION_KEY (keys) to what Key.generate() prints, or SHMSESSION_KEY_FILE"
+            )
 
     @cached_property
     def cookies(self) -> Cookies:
@@ -130,7 +171,7 @@ class SessionStore(Committer):
     def _make_memory(self) -> MemoryStore:
         memory = MemoryStore(
             self.config.directory, self.name, self.keyring, self.config.lifetimes, self.clock,
-            map_size=self.config.map_size, max_size=self.max_size, hooks=self.hooks,
+            map_size=self.config.map_size, max_size=self.max_size, hooks=self.hooks, backend=self.is_persistent,
         )  # fmt: skip
         logger.info("session store %r in %s", self.name, memory.environment.path)
         return memory
@@ -147,7 +188,37 @@ class SessionStore(Committer):
     @property
     def is_persistent(self) -> bool:
         """Whether a backend keeps sessions beyond this machine's memory."""
-        return False
+        return self._backend is not None
+
+    @property
+    def behind(self) -> Behind:
+        """What stands behind the memory store in this process. Raises ConfigError without a backend."""
+        behind = self._behind
+        if behind is None or behind.pid != os.getpid():
+            memory = self.memory
+            with _making:
+                behind = self._behind
+                if behind is None or behind.pid != os.getpid():
+                    behind = self._behind = self._make_behind(memory)
+        return behind
+
+    def _make_behind(self, memory: MemoryStore) -> Behind:
+        if self._backend is None:
+            raise ConfigError("this store has no backend: give it one, such as SessionStore('sqlite:///sessions.db')")
+        backend = self._backend
+        if self._behind is not None and self._url is not None:  # the parent's, before a fork
+            backend = self._backend = connect(self._url)
+        rows = Rows(Keyring(self.config.database_keys, "database") if self.config.database_keys else None)
+
+        def make_flusher() -> Flusher:
+            return Flusher(
+                memory, backend, rows, self.clock, self.hooks, shared=self.config.allow_shared,
+                interval=self.config.flush_interval.total_seconds(),
+                memory_lifespan=milliseconds(self.config.memory_lifespan),
+            )  # fmt: skip
+
+        load_seconds = self.config.load_timeout.total_seconds()
+        return Behind(memory, backend, rows, self.clock, make_flusher, load_seconds=load_seconds)
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -171,29 +242,77 @@ class SessionStore(Committer):
             session.start(self._find(Ticket(secret, handle_of(secret), NEVER), self.clock.now()))
         return session
 
-    def resolve(self, credential: Credential) -> Resolved:
+    def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
         """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
+        if isinstance(credential, Resolved):
+            return credential
+        if isinstance(credential, StoreError):
+            raise credential
+        ticket = self._ticket(credential)
+        return ticket if isinstance(ticket, Resolved) else self._find(ticket, self.clock.now())
+
+    async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
+        """With a backend: what `resolve` is to be given later, by an application that cannot wait for it then."""
+        if self._backend is None:
+            return credential
+        try:
+            ticket = self._ticket(credential)
+            if isinstance(ticket, Resolved):
+                return ticket
+            found = self._in_memory(ticket)
+            if found is not Missing.UNKNOWN:
+                return _resolved(ticket, found, self.clock.now())
+            try:
+                found = await self.behind.load_async(ticket.handle)
+            except BackendError as error:
+                return self._unread(ticket, error)
+            return _resolved(ticket, found, self.clock.now())
+        except StoreError as error:
+            return error
+
+    def _ticket(self, credential: Credential) -> Ticket | Resolved:
         ticket = self.cookies.read(credential())
         if ticket is None:
             return NOTHING
         if isinstance(ticket, str):
             self.hooks.emit(CookieRefused(ticket))
             return _NO_SESSION
-        return self._find(ticket, self.clock.now())
+        return ticket
 
     def _find(self, ticket: Ticket, now: int) -> Resolved:
-        found = self.memory.load(ticket.handle, now)
-        if isinstance(found, Missing):
-            gone = found in (Missing.DEAD, Missing.RENEWED)
-            return Resolved(None, ticket.handle if gone else None, gone=gone, presented=True)
-        return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
+        found = self._in_memory(ticket)
+        if found is Missing.UNKNOWN and self._backend is not None:
+            try:
+                found = self.behind.load(ticket.handle)
+            except BackendError as error:
+                return self._unread(ticket, error)
+        return _resolved(ticket, found, now)
+
+    def _in_memory(self, ticket: Ticket) -> Record | Missing:
+        memory = self.memory
+        found = memory.load(ticket.handle, self.clock.now())
+        if self._backend is not None:
+            memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
+        return found
+
+    def _unread(self, ticket: Ticket, error: BackendError) -> Resolved:
+        """What a request gets whose session the backend may have, and cannot say."""
+        if self.config.on_backend_error == "unavailable":
+            raise error
+        return Resolved(None, ticket.handle, presented=True)
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
         """See `Port.swap`."""
         found = self.memory.update(handle, base, changes, self.clock.now())
+        if found is Missing.UNKNOWN and self.refill(handle):
+            found = self.memory.update(handle, base, changes, self.clock.now())
         if isinstance(found, Missing):
             return None
         return (found.record, False) if isinstance(found, Conflict) else (found, True)
+
+    def refill(self, handle: bytes) -> bool:
+        """See `Committer.refill`."""
+        return self._backend is not None and isinstance(self.behind.load(handle), Record)
 
     def kill(self, handle: bytes) -> bool:
         """See `Port.kill`."""
@@ -208,6 +327,42 @@ class SessionStore(Committer):
                 "set SHMSESSION_SECURE=0 (test clients: base_url='https://testserver'); behind a TLS proxy let the "
                 "server trust its X-Forwarded-Proto"
             )
+
+    # ── the backend ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def persisted(self, handles: tuple[bytes, ...], timeout: float | None = None) -> bool:  # noqa: ASYNC109
+        """See `Session.persisted`."""
+        with contextlib.suppress(StoreError):  # what was committed is committed
+            return self._backend is None or await self.behind.wait_async(handles, self._patience(timeout))
+        return False
+
+    async def flush(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
+        """Send all that waits to the backend; whether all went within `timeout` seconds (None: `drain_timeout`)."""
+        return self._backend is None or await self.behind.drain_async(self._drain_seconds(timeout))
+
+    async def initialize(self) -> None:
+        """Make the backend's tables, or migrate them. The first flush does it too. Raises BackendError, ConfigError."""
+        await self.behind.initialize()
+
+    async def clear_backend(self) -> int:
+        """Destroy every session that the backend has, on this host and elsewhere; returns how many it had.
+
+        Raises BackendError, ConfigError.
+        """
+        known = await self.behind.clear()
+        self.clear()
+        return known
+
+    @cached_property
+    def sync(self) -> "Sync":
+        """The methods that may wait for the backend, for code without an event loop."""
+        return Sync(self)
+
+    def _patience(self, timeout: float | None) -> float:
+        return self.config.through_timeout.total_seconds() if timeout is None else timeout
+
+    def _drain_seconds(self, timeout: float | None) -> float:
+        return self.config.drain_timeout.total_seconds() if timeout is None else timeout
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,11 +391,53 @@ class SessionStore(Committer):
     def stats(self) -> Stats:
         """Numbers for operators. Raises StoreError."""
         usage = self.memory.usage()
-        return Stats(self.count(), usage.used, usage.total, self.memory.environment.readers(), dict(self.hooks.counts))
+        memory = self.memory
+        return Stats(
+            self.count(), usage.used, usage.total, memory.environment.readers(), len(memory.outbox),
+            memory.outbox.age() / 1000, memory.environment.counters.totals(), dict(self.hooks.counts),
+        )  # fmt: skip
+
+
+def _resolved(ticket: Ticket, found: Record | Missing, now: int) -> Resolved:
+    if isinstance(found, Missing):
+        gone = found in (Missing.DEAD, Missing.RENEWED)
+        return Resolved(None, ticket.handle if gone else None, gone=gone, presented=True)
+    return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
 
 
 _NO_SESSION: Final = Resolved(presented=True)
 _stores: "WeakSet[SessionStore]" = WeakSet()
+
+
+class Sync:
+    """What of a store may wait for its backend, each blocking the calling thread."""
+
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+
+    def persisted(self, session: Session, timeout: float | None = None) -> bool:
+        """See `Session.persisted`."""
+        return session.raw_handle is None or self.wait((session.raw_handle,), timeout)
+
+    def wait(self, handles: tuple[bytes, ...], timeout: float | None = None) -> bool:
+        """See `SessionStore.persisted`."""
+        store = self._store
+        with contextlib.suppress(StoreError):  # what was committed is committed
+            return not store.is_persistent or store.behind.wait(handles, store._patience(timeout))
+        return False
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """See `SessionStore.flush`."""
+        store = self._store
+        return not store.is_persistent or store.behind.drain(store._drain_seconds(timeout))
+
+    def initialize(self) -> None:
+        """See `SessionStore.initialize`."""
+        asyncio.run(self._store.initialize())
+
+    def clear_backend(self) -> int:
+        """See `SessionStore.clear_backend`."""
+        return asyncio.run(self._store.clear_backend())
 
 
 def stores() -> list[SessionStore]:

@@ -96,6 +96,8 @@ class _Response:
         if outcome.vary:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             headers = as_text(with_session_headers(raw, outcome.set_cookie))
+        if outcome.through:
+            self._store.sync.wait(outcome.through)
         if outcome.set_cookie is not None:
             self._store.note_scheme(self._scheme)
         if self._session.unavailable and status[:3] == "500":

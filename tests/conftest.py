@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shmsession import codec, working
+from shmsession.memory.doorbell import Doorbell
 from tests.figures import SEED
 
 pytest_plugins = ["shmsession.testing"]
@@ -19,6 +20,8 @@ def place() -> Iterator[Path]:
     shared = Path("/dev/shm")
     directory = Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
     yield directory
+    for mark in directory.rglob("attached"):  # processes that were killed leave their bell
+        Doorbell(mark.parent).remove()
     shutil.rmtree(directory)
 
 

@@ -71,4 +71,5 @@ def code(cell: str) -> list[str]:
 
 def names(text: str) -> set[str]:
     """The names that the first column of a text's tables explains: `Session.of(request)` is `of`."""
-    return {re.sub(r"\(.*", "", item).rpartition(".")[2] for row in rows(text) for item in code(row[0])}
+    found = (re.sub(r"\(.*", "", item).removeprefix("await ") for row in rows(text) for item in code(row[0]))
+    return {name.rpartition(".")[2] for name in found}

@@ -55,6 +55,11 @@ def handle(number: int) -> bytes:
     return number.to_bytes(20, "big")
 
 
+def waiting(store: MemoryStore) -> list[bytes]:
+    """What is in the outbox, oldest first."""
+    return [found for _, found in store.outbox.rows()]
+
+
 class Contents(NamedTuple):
     """Everything in every table."""
 

@@ -186,14 +186,48 @@ def test_a_store_warns_of_unknown_variables_when_it_is_made(
     assert any("SHMSESSION_SECRET is not a setting" in message for message in caplog.messages)
 
 
+def a_store(backend: str | None = None, **settings: Any) -> SessionStore:
+    return SessionStore(backend, config=SessionConfig(**{"name": "x", "keys": (ONE,), **settings}))
+
+
 def test_the_backend_is_a_variable_too_and_none_means_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anything else is refused by this version, by name."""
+    """What the code says wins; nothing is opened."""
     assert backend_url() is None
+    assert not a_store().is_persistent
     monkeypatch.setenv("SHMSESSION_BACKEND", "none")
-    assert backend_url() is None
-    monkeypatch.setenv("SHMSESSION_BACKEND", "redis://localhost")
-    with pytest.raises(ConfigError, match="SHMSESSION_BACKEND"):
-        SessionStore(config=SessionConfig(name="x", keys=(ONE,)))
+    assert not a_store().is_persistent
+    for url in ("redis://127.0.0.1:1", "sqlite:////nowhere/sessions.db", "postgresql://127.0.0.1:1/app"):
+        monkeypatch.setenv("SHMSESSION_BACKEND", url)
+        assert backend_url() == url
+        assert a_store().is_persistent
+    monkeypatch.setenv("SHMSESSION_BACKEND", "?")
+    assert a_store("sqlite:////nowhere/sessions.db").is_persistent
+    assert not a_store("none").is_persistent
+
+
+@pytest.mark.parametrize("url", ["", "?", "redis:/hunter2@localhost", "mongodb://ada:hunter2@localhost"])
+def test_a_backend_that_does_not_exist_is_an_error_that_says_what_to_write(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """By the name of the variable when it stood there; a password is not repeated."""
+    said = []
+    for backend in (url, None):
+        with pytest.raises(ConfigError, match=r"write sqlite:///file, postgresql://") as caught:
+            a_store(backend)
+        said.append(str(caught.value))
+        monkeypatch.setenv("SHMSESSION_BACKEND", url)
+    assert "SHMSESSION_BACKEND" not in said[0]
+    assert "SHMSESSION_BACKEND" in said[1]
+    assert "hunter2" not in "".join(said)
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "postgresql://127.0.0.1:1/app"])
+def test_a_backend_that_outlives_the_machine_needs_a_key_that_does(place: Path, url: str) -> None:
+    """Otherwise nobody could open the cookies any more; one on this machine needs none."""
+    with pytest.raises(ConfigError, match=r"SHMSESSION_KEY.*Key\.generate\(\).*SHMSESSION_KEY_FILE"):
+        a_store(url, keys=())
+    assert a_store(url, keys=(), key_file=place / "key").is_persistent
+    assert a_store("sqlite:////nowhere/sessions.db", keys=()).is_persistent
 
 
 # ── cookies that browsers refuse ───────────────────────────────────────────────────────────────────────────────
@@ -295,10 +329,59 @@ def test_lifetimes_are_whole_milliseconds() -> None:
     assert milliseconds(timedelta(seconds=-5)) == 0
 
 
+# ── the backend ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("setting", ["through_timeout", "flush_interval", "load_timeout", "drain_timeout"])
+def test_a_wait_is_a_time_that_passes(setting: str) -> None:
+    """More than none and less than a hundred years. The message names the setting, and no variable that is none."""
+    wrong: list[object] = [timedelta(0), timedelta(seconds=-1), timedelta(days=36_501), 1, 0.25, None, "1"]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"{setting} is .*: write ") as caught:
+            SessionConfig(**{setting: value})  # type: ignore[arg-type]
+        assert "SHMSESSION_" not in str(caught.value)
+    assert getattr(SessionConfig(**{setting: timedelta(milliseconds=1)}), setting) == timedelta(milliseconds=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "good"), [("write", ["behind", "through"]), ("on_backend_error", ["unavailable", "anonymous"])]
+)
+def test_a_choice_is_one_of_its_words(setting: str, good: list[str]) -> None:
+    """A slip would else decide silently how safe a commit is, or who is logged out."""
+    assert getattr(SessionConfig(), setting) == good[0]
+    for word in good:
+        assert getattr(SessionConfig(**{setting: word}), setting) == word  # type: ignore[arg-type]
+    wrong: list[object] = ["", good[1].upper(), good[1] + " ", "sideways", None, True, ["through"]]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"{setting} .*write {good[0]} or {good[1]}"):
+            SessionConfig(**{setting: value})  # type: ignore[arg-type]
+
+
+def test_whether_tables_are_shared_is_true_or_false() -> None:
+    """Nothing that merely counts as true."""
+    assert not SessionConfig().allow_shared
+    for value in (1, "1", None):
+        with pytest.raises(ConfigError, match=r"allow_shared is .*: write True or False"):
+            SessionConfig(allow_shared=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", ["keys", "database_keys"])
+def test_keys_are_a_sequence_of_keys(setting: str) -> None:
+    """Their text is none; it is not repeated either."""
+    assert getattr(SessionConfig(**{setting: [ONE, TWO]}), setting) == (ONE, TWO)  # type: ignore[arg-type]
+    assert SessionConfig().database_keys == ()
+    wrong: list[object] = [(str(ONE),), str(ONE), ONE, (ONE, None), None]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"{setting}: write a sequence of Keys") as caught:
+            SessionConfig(**{setting: value})  # type: ignore[arg-type]
+        assert str(ONE) not in str(caught.value)
+
+
 def test_settings_are_frozen_and_show_no_secret() -> None:
     """They may be logged."""
-    config = SessionConfig(keys=(ONE,))
+    config = SessionConfig(keys=(ONE,), database_keys=(TWO,))
     assert str(ONE) not in repr(config)
+    assert str(TWO) not in repr(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lifespan = timedelta(1)  # type: ignore[misc]
     assert dataclasses.replace(config, name="x").keys == (ONE,)

@@ -26,10 +26,10 @@ from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
 
 import shmsession
-from shmsession import SessionConfig, SessionStore, asgi, codec, config, errors, hooks, testing, wsgi
+from shmsession import SessionConfig, SessionStore, asgi, cli, codec, config, errors, hooks, testing, wsgi
 from shmsession import store as store_module
 from shmsession.contrib import gunicorn as gunicorn_hooks
-from shmsession.memory import room
+from shmsession.memory import counters, room
 from shmsession.testing import ManualClock, login_cookie, make_store
 from tests.documents import PAGES, README, ROOT, Block, all_blocks, blocks, code, marked, names, rows
 
@@ -39,14 +39,14 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "request_session",
-    "resolve", "save", "swap",
+    "behind", "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "prefetch",
+    "refill", "request_session", "resolve", "save", "swap",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
     "assigned", "begin_anew", "committed", "discard", "drops_cookie", "edit", "edits", "encoded_user", "gone",
     "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to", "owes_cookie",
     "pending", "port", "raw_handle", "rebase", "record", "replaced", "secret", "settle", "start", "stored",
-    "unavailable",
+    "through", "unavailable",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 
@@ -148,11 +148,11 @@ APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "with_websocket.py": drive_websocket,
     "with_wsgi.py": visit(wsgi_texts),
 }
-TESTED_BY_ITS_READER: Final = DOCS / "testing.md"
+TESTED_BY_THEIR_READERS: Final = (DOCS / "testing.md", DOCS / "backends.md")
 
 
 def file_blocks() -> list[Block]:
-    return [block for block in all_blocks("python") if block.file and block.page != TESTED_BY_ITS_READER]
+    return [block for block in all_blocks("python") if block.file and block.page not in TESTED_BY_THEIR_READERS]
 
 
 def is_configuration(block: Block) -> bool:
@@ -200,8 +200,9 @@ def test_a_full_store_is_a_503_in_both_ways_that_flask_is_shown(
             assert answer.text.strip() == "Sessions are unavailable. Try again shortly."
 
 
-def test_the_tests_that_the_documentation_shows_pass(environment: Path) -> None:
-    shown = [block for block in blocks(TESTED_BY_ITS_READER, "python") if block.file]
+@pytest.mark.parametrize("page", TESTED_BY_THEIR_READERS, ids=lambda page: page.name)
+def test_the_tests_that_the_documentation_shows_pass(page: Path, environment: Path) -> None:
+    shown = [block for block in blocks(page, "python") if block.file]
     for block in shown:
         assert block.file is not None
         (environment / block.file).write_text(block.text)
@@ -212,6 +213,8 @@ def test_the_tests_that_the_documentation_shows_pass(environment: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )  # fmt: skip
     promised = sum(len(re.findall(r"^def test_", block.text, re.MULTILINE)) for block in shown)
+    for contract in re.findall(r"^class \w+\((\w+)\):", "".join(block.text for block in shown), re.MULTILINE):
+        promised += sum(name.startswith("test_") for name in dir(getattr(testing, contract)))
     assert promised >= 5
     assert f"{promised} passed" in done.stdout, done.stdout + done.stderr
 
@@ -302,6 +305,19 @@ def test_every_flag_of_uvicorn_in_the_documentation_exists() -> None:
         assert uvicorn_command.make_context("uvicorn", list(arguments)).params["app"]
 
 
+def test_every_command_of_shmsession_in_the_documentation_exists_and_every_one_is_documented() -> None:
+    table = [code(row[0])[0] for row in rows(marked(DOCS / "operations.md", "commands"))]
+    units = re.findall(r"/shmsession (.*)$", "".join(block.text for block in all_blocks("ini")), re.MULTILINE)
+    shown = [*uses_of("shmsession"), *(unit.split() for unit in units)]
+    assert len(units) == 1
+    assert set(table) == set(cli._COMMANDS)
+    assert {"flusher", "initdb"} <= {command for command, _ in shown} <= set(table)
+    for command in table:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
+
+
 def test_every_command_of_dev_in_the_documentation_exists() -> None:
     usage = subprocess.run([sys.executable, str(ROOT / "dev")], capture_output=True, text=True, check=True).stdout
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -313,14 +329,15 @@ def test_every_command_of_dev_in_the_documentation_exists() -> None:
 def test_every_extra_and_group_in_the_documentation_exists() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     text = "\n".join(" ".join(words) for _, words in commands())
-    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(settings["project"]["optional-dependencies"])
+    extras = {extra for found in re.findall(r"\.\[([\w,]+)\]", text) for extra in found.split(",")}
+    assert {"gunicorn", "postgres", "redis"} <= extras <= set(settings["project"]["optional-dependencies"])
     assert set(re.findall(r"--group (\w+)", text)) <= set(settings["dependency-groups"])
 
 
 def test_every_command_in_the_documentation_is_one_that_is_checked_here() -> None:
     """A new program needs a check of its own, or a place in this list."""
     unchecked = {"docker", "export", "pip", "uv", "python3"}
-    checked = {"gunicorn", "uvicorn", "dev", "python"}
+    checked = {"gunicorn", "uvicorn", "dev", "python", "shmsession"}
     for where, words in commands():
         assert Path(words[0]).name in checked | unchecked, where
 
@@ -347,11 +364,14 @@ def shown(value: object) -> str:
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, timedelta):
-        seconds = int(value.total_seconds())
-        unit, length = next(
-            (u, n) for u, n in (("d", 86400), ("h", 3600), ("s", 1)) if seconds % n == 0 and seconds >= n
-        )
-        return f"{seconds // length} {unit}"
+        units = {
+            "d": timedelta(days=1),
+            "h": timedelta(hours=1),
+            "s": timedelta(seconds=1),
+            "ms": timedelta.resolution * 1000,
+        }
+        unit, length = next((u, n) for u, n in units.items() if value % n == timedelta(0) and value >= n)
+        return f"{value // length} {unit}"
     if type(value) is int:
         return f"{value // 1024} KiB"
     return str(value)
@@ -412,13 +432,14 @@ def test_the_reference_of_the_session_has_every_name_that_applications_use() -> 
 def test_the_reference_of_the_session_gives_the_signatures_of_its_methods() -> None:
     for row in rows(marked(DOCS / "session.md", "methods")):
         for item in code(row[0]):
-            name, _, arguments = item.rstrip(")").rpartition(".")[2].partition("(")
+            name, _, arguments = item.removeprefix("await ").rstrip(")").rpartition(".")[2].partition("(")
             if "(" not in item:
                 assert not callable(getattr(shmsession.Session, name, None)), item
                 continue
             member = inspect.getattr_static(shmsession.Session, name)
             written = [re.split("=", argument.strip())[0] for argument in arguments.split(",") if argument]
             function = member.__func__ if isinstance(member, classmethod) else member
+            assert inspect.iscoroutinefunction(function) == item.startswith("await "), item
             assert written == list(inspect.signature(function).parameters)[1:], item
 
 
@@ -426,6 +447,27 @@ def test_the_reference_of_the_store_has_every_public_name() -> None:
     attributes = set(vars(make_throwaway_store()))
     everything = {name for name in attributes | set(dir(SessionStore)) if not name.startswith("_")}
     assert names(marked(DOCS / "store.md", "store")) == everything - STORE_INTERNALS
+
+
+def test_the_reference_of_the_store_gives_the_signatures_of_what_may_wait_for_the_backend() -> None:
+    """All of it is to be awaited; `sync` has the same by the same names, for one session."""
+    documented = {}
+    for row in rows(marked(DOCS / "store.md", "store")):
+        for item in code(row[0]):
+            name, _, arguments = item.removeprefix("await ").rstrip(")").partition("(")
+            if item.startswith("await "):
+                documented[name] = [argument.split("=")[0].strip() for argument in arguments.split(",") if argument]
+    awaited = {
+        name: list(inspect.signature(function).parameters)[1:]
+        for name, function in inspect.getmembers(SessionStore, inspect.iscoroutinefunction)
+        if name not in STORE_INTERNALS
+    }
+    assert documented == awaited
+    (row,) = [row for row in rows(marked(DOCS / "store.md", "store")) if code(row[0]) == ["sync"]]
+    mentioned = {re.sub(r"\(.*", "", item).removeprefix("store.sync.") for item in code(row[1])}
+    assert (
+        mentioned == set(awaited) == {name for name in vars(store_module.Sync) if not name.startswith("_")} - {"wait"}
+    )
 
 
 def make_throwaway_store() -> SessionStore:
@@ -465,6 +507,19 @@ def test_the_reasons_for_which_cookies_are_refused_are_documented() -> None:
 def test_the_table_of_numbers_has_every_field_of_stats() -> None:
     documented = [code(row[0])[0] for row in rows(marked(DOCS / "operations.md", "stats"))]
     assert documented == list(store_module.Stats._fields)
+
+
+def test_the_table_of_counters_has_every_counter() -> None:
+    documented = [code(row[0])[0] for row in rows(marked(DOCS / "operations.md", "counters"))]
+    assert documented == list(counters.NAMES)
+
+
+def test_every_number_that_operators_are_told_to_watch_exists() -> None:
+    text = (DOCS / "operations.md").read_text(encoding="utf-8")
+    section = text.partition("### What to watch\n")[2].partition("\n(")[0]
+    watched = {name for row in rows(section) for item in code(row[0]) for name in re.findall(r"\w+", item)}
+    assert len(watched) > 5
+    assert watched <= set(store_module.Stats._fields) | set(counters.NAMES)
 
 
 def test_the_marks_of_a_full_store_are_those_of_the_code() -> None:

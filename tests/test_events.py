@@ -6,7 +6,18 @@ from typing import get_args
 
 import pytest
 
-from shmsession.hooks import CommitDropped, CookieRefused, Event, Evicted, Hooks, Quarantined, RecordCorrupt
+from shmsession.hooks import (
+    BackendForgot,
+    CommitDropped,
+    CookieRefused,
+    Event,
+    Evicted,
+    Flushed,
+    FlushFailed,
+    Hooks,
+    Quarantined,
+    RecordCorrupt,
+)
 
 EVENTS: list[Event] = [
     CookieRefused("forged"),
@@ -14,6 +25,9 @@ EVENTS: list[Event] = [
     Evicted(3),
     RecordCorrupt("bb" * 20),
     Quarantined("quarantine-2", 7),
+    Flushed(500),
+    FlushFailed("it could not be reached"),
+    BackendForgot(12),
 ]
 
 
@@ -31,6 +45,9 @@ def test_every_hook_is_told_of_every_event_in_order() -> None:
         "Evicted": 1,
         "RecordCorrupt": 1,
         "Quarantined": 1,
+        "Flushed": 1,
+        "FlushFailed": 1,
+        "BackendForgot": 1,
     }
 
 

@@ -17,6 +17,7 @@ from gunicorn import config as gunicorn_config  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 
 from shmsession import SessionStore
+from shmsession.configured import configured_store
 from shmsession.contrib import gunicorn as hooks
 from shmsession.errors import ConfigError
 from shmsession.store import stores
@@ -116,7 +117,7 @@ def test_chain_refuses_hooks_of_different_kinds(wrong: tuple[Callable[..., objec
 
 
 def test_without_the_variable_no_store_is_configured() -> None:
-    assert hooks.configured_store() is None
+    assert configured_store() is None
 
 
 @pytest.mark.parametrize("target", ["application:store", "application", "application:nested.store"])
@@ -126,7 +127,7 @@ def test_the_variable_names_a_store(
     module = SimpleNamespace(store=shm_store, nested=SimpleNamespace(store=shm_store))
     monkeypatch.setitem(sys.modules, "application", module)
     monkeypatch.setenv("SHMSESSION_STORE", target)
-    assert hooks.configured_store() is shm_store
+    assert configured_store() is shm_store
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_variable_that_names_none_says_what_to_write(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("SHMSESSION_STORE", target)
     with pytest.raises(ConfigError, match="SHMSESSION_STORE") as raised:
-        hooks.configured_store()
+        configured_store()
     assert says in str(raised.value)
 
 

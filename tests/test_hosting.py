@@ -221,7 +221,7 @@ WRONG = {
     "SHMSESSION_MEMORY_LIFESPAN": "",
     "SHMSESSION_MAP_SIZE": "64 bananas",
     "SHMSESSION_NAME": "a/b",
-    "SHMSESSION_BACKEND": "redis://localhost",
+    "SHMSESSION_BACKEND": "oracle://localhost",
 }
 
 

@@ -17,6 +17,7 @@ from shmsession.hooks import Event, RecordCorrupt
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.seal import RecordSeal
 from shmsession.memory.store import Conflict, MemoryStore, Missing
+from shmsession.memory.tables import sequence_moment
 from shmsession.record import (
     AUTHENTICATED,
     LONGTERM,
@@ -43,6 +44,7 @@ from tests.memory import (
     memory_store,
     put_raw,
     transactions,
+    waiting,
 )
 
 A, B, C = handle(1), handle(2), handle(3)
@@ -442,12 +444,12 @@ def test_a_dirty_record_keeps_its_first_place_in_the_outbox(backed: MemoryStore,
         updated = backed.update(A, base, sets(n=number), clock.now())
         assert isinstance(updated, Record)
         base = updated
-    assert backed.outbox() == [(1, A), (2, B)]
-    assert base.header.dirty_seq == 1
+    assert waiting(backed) == [A, B]
+    assert base.header.dirty_seq == backed.outbox.rows()[0][0]
     backed.destroy(A, clock.now())
-    assert backed.outbox() == [(1, A), (2, B)]
+    assert waiting(backed) == [A, B]
     backed.renew(B, C, created(backed, clock, handle(8)), Changes(), clock.now(), None, login=False)
-    assert backed.outbox() == [(1, A), (2, B), (3, handle(8)), (4, C)]
+    assert waiting(backed) == [A, B, handle(8), C]
     check_tables(backed)
 
 
@@ -455,14 +457,32 @@ def test_a_touch_is_in_the_outbox_too(backed: MemoryStore, clock: ManualClock) -
     record = _filled(backed, clock)
     clock.advance(120)
     backed.touch(A, record, clock.now())
-    assert backed.outbox() == [(1, A)]
+    assert waiting(backed) == [A]
+
+
+def test_a_place_in_the_outbox_tells_since_when_it_is_held(backed: MemoryStore, clock: ManualClock) -> None:
+    """In an order that neither a busy millisecond nor a wall clock that goes back upsets."""
+    begun, keys = clock.now(), [handle(number) for number in range(1, 7)]
+    for key, step in zip(keys, [0, 0, 0, 10, -3600, 7200], strict=True):
+        clock.step(step)
+        created(backed, clock, key)
+    sequences = [sequence for sequence, _ in backed.outbox.rows()]
+    assert waiting(backed) == keys
+    assert sequences == sorted(set(sequences))
+    begun_at = [sequence_moment(sequence) - begun for sequence in sequences]
+    assert begun_at == [0, 0, 0, 10_000, 10_000, 3_610_000]
+    clock.advance(5)
+    assert backed.outbox.age() == clock.now() - begun
+    backed.outbox.acknowledge(backed.outbox.oldest(5))
+    assert waiting(backed) == keys[5:]
+    assert backed.outbox.age() == 5_000
 
 
 def test_without_a_backend_nothing_is_dirty(store: MemoryStore, clock: ManualClock) -> None:
     base = created(store, clock, n=1)
     store.renew(A, B, base, sets(n=2), clock.now(), ADA, login=True)
     store.destroy(B, clock.now())
-    assert store.outbox() == []
+    assert waiting(store) == []
 
 
 def test_a_session_that_was_never_storable_is_never_in_the_outbox(backed: MemoryStore, clock: ManualClock) -> None:
@@ -473,10 +493,70 @@ def test_a_session_that_was_never_storable_is_never_in_the_outbox(backed: Memory
     backed.touch(A, changed, clock.now())
     moved = backed.renew(A, B, changed, Changes(), clock.now(), ADA, login=True)
     assert isinstance(moved, Record)
-    assert backed.outbox() == []
+    assert waiting(backed) == []
     backed.destroy(B, clock.now())
-    assert backed.outbox() == []
+    assert waiting(backed) == []
     check_tables(backed)
+
+
+def test_a_session_that_stops_being_storable_is_in_the_outbox_once_more(
+    backed: MemoryStore, clock: ManualClock
+) -> None:
+    """So that the backend erases it; from then on what it does is nobody's business."""
+    known = _filled(backed, clock)
+    declined = backed.update(A, known, Changes(storable=False), clock.now())
+    assert isinstance(declined, Record)
+    assert not declined.header.flags & STORABLE
+    assert waiting(backed) == [A]
+    backed.outbox.acknowledge(backed.outbox.oldest(10))
+    changed = backed.update(A, declined, sets(n=2), clock.now())
+    assert isinstance(changed, Record)
+    assert data_of(changed) == sets(n=2).set
+    assert waiting(backed) == []
+    accepted = backed.update(A, changed, Changes(storable=True), clock.now())
+    assert isinstance(accepted, Record)
+    assert waiting(backed) == [A]
+    check_tables(backed)
+
+
+def test_deaths_that_the_backend_has_not_heard_of_stand_in_nobody_s_way(
+    backed: MemoryStore, clock: ManualClock
+) -> None:
+    """However many there are: sweeping goes on behind them, and they are looked at again later."""
+    for number in range(10, 30):
+        created(backed, clock, handle(number))
+        backed.destroy(handle(number), clock.now())
+    clean = handle(30)
+    created(backed, clock, clean)
+    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean])
+    backed.destroy(clean, clock.now())
+    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean])
+    clock.advance(61)
+    for _ in range(3):
+        backed.sweep(clock.now(), 10)
+    assert contents(backed).records.keys() == {handle(number) for number in range(10, 30)}
+    assert len(waiting(backed)) == 20
+    before = transactions(backed)
+    assert backed.sweep(clock.now()) == 0
+    assert transactions(backed) == before, "nothing is due now"
+    backed.outbox.acknowledge(backed.outbox.oldest(99))
+    clock.advance(61)
+    assert backed.sweep(clock.now()) == 20
+    assert contents(backed).records == {}
+    check_tables(backed)
+
+
+def test_a_tombstone_says_what_it_said_as_long_as_the_backend_has_not_heard_of_it(
+    backed: MemoryStore, clock: ManualClock
+) -> None:
+    """Sweeping changes no answer, and a logout that comes late still finds the session under its new id."""
+    base = created(backed, clock, n=1)
+    backed.renew(A, B, base, Changes(), clock.now(), None, login=False)
+    clock.advance(61)
+    backed.sweep(clock.now())
+    assert backed.load(A, clock.now()) is Missing.RENEWED
+    assert backed.destroy(A, clock.now())
+    assert backed.load(B, clock.now()) is Missing.DEAD
 
 
 def test_a_dirty_record_that_expires_becomes_a_tombstone_and_a_clean_one_vanishes(
@@ -491,7 +571,7 @@ def test_a_dirty_record_that_expires_becomes_a_tombstone_and_a_clean_one_vanishe
     header = header_of(backed, A)
     assert header is not None
     assert header.horizon == dirty.header.horizon
-    assert backed.outbox() == [(1, A)]
+    assert waiting(backed) == [A]
     clock.advance(hours=2)
     assert backed.sweep(clock.now()) == 0, "a backend has not heard of this death yet"
     assert backed.load(A, clock.now()) is Missing.DEAD
@@ -527,7 +607,7 @@ def _filled(store: MemoryStore, clock: ManualClock, key: bytes = A, **changes: A
 def test_a_fill_is_clean_and_indexed(backed: MemoryStore, clock: ManualClock) -> None:
     record = _filled(backed, clock, dirty_seq=77, user_tag=b"12345678", flags=STORABLE | AUTHENTICATED)
     assert record.header.dirty_seq == 0
-    assert backed.outbox() == []
+    assert waiting(backed) == []
     assert len(check_tables(backed).users) == 1
     assert backed.load(A, clock.now()) == record
 
@@ -815,6 +895,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert answer.header.horizon >= max(expected.header.horizon, answer.header.expires)
             if expected.header.dirty_seq:
                 assert answer.header.dirty_seq == expected.header.dirty_seq
+            elif self.backend and (answer.header.flags | expected.header.flags) & STORABLE:
+                assert answer.header.dirty_seq > 0
+            else:
+                assert answer.header.dirty_seq == 0
             self._keep(key, answer)
         self._took(1)
 
@@ -853,7 +937,8 @@ class AnyOrder(RuleBasedStateMachine):
         target = key
         while target in self.dead and target in self.successors:
             target = self.successors[target]
-        assert self.store.destroy(key, self.clock.now()) == (target in self.live)
+        known = target in self.live or (self.backend and target not in self.dead)
+        assert self.store.destroy(key, self.clock.now()) == known
         if target in self.live:
             self._bury(target, Missing.DEAD)
         elif target not in self.dead:

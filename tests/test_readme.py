@@ -4,16 +4,22 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 
 import shmsession
+from shmsession import Key
+from shmsession.backends import connect
+from tests.databases import PostgresServer, RedisServer
 from tests.documents import README, ROOT, blocks, code, rows
 from tests.servers import Browser, Unanswered, alive, children, wait_for
 
@@ -48,25 +54,31 @@ def pids(answers: list[dict[str, int]]) -> set[int]:
     return {answer["pid"] for answer in answers}
 
 
-@pytest.fixture
-def gunicorn(tmp_path: Path, place: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """README.md's program, started by README.md's command, but on a unix socket."""
+def commands() -> list[list[str]]:
+    """README.md's commands that start its program, each a list of words, variables first."""
+    lines = [line for block in blocks(README, "bash") for line in block.text.splitlines() if "hello:app" in line]
+    return [shlex.split(line) for line in lines]
+
+
+@contextmanager
+def running(words: list[str], place: Path, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """README.md's program, started by one of its commands, but on a unix socket, and stopped in good order."""
     (program,) = [block for block in blocks(README, "python") if block.file == "hello.py"]
-    (tmp_path / "hello.py").write_text(program.text)
-    (line,) = [block.text for block in blocks(README, "bash") if "hello:app" in block.text]
-    words = shlex.split(line)
-    assert words[:2] == ["SHMSESSION_SECURE=0", "gunicorn"]
+    work = place / "work"
+    work.mkdir(exist_ok=True)
+    (work / "hello.py").write_text(program.text)
+    words = words[words.index("gunicorn") :]
     assert words[words.index("-b") + 1] == "127.0.0.1:8000"
     words[words.index("-b") + 1] = f"unix:{place / 'http'}"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SHMSESSION_")}
     ours = {
         "SHMSESSION_SECURE": "0", "SHMSESSION_DIR": str(place / "sessions"), "SHMSESSION_MAP_SIZE": "4MiB",
-        "XDG_STATE_HOME": str(place / "state"), "HOME": str(place), "PYTHONPATH": str(PACKAGE),
+        "XDG_STATE_HOME": str(place / "state"), "HOME": str(place), "PYTHONPATH": str(PACKAGE), **variables,
     }  # fmt: skip
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--no-control-socket", *words[2:]],
-            cwd=tmp_path, env={**inherited, **ours}, stdout=log, stderr=log, start_new_session=True,
+            [sys.executable, "-m", "gunicorn", "--no-control-socket", *words[1:]],
+            cwd=work, env={**inherited, **ours}, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         wait_for(lambda: process.poll() is not None or serves(str(place / "http")), "the program serves")
@@ -79,6 +91,15 @@ def gunicorn(tmp_path: Path, place: Path) -> Iterator[subprocess.Popen[bytes]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
+
+
+@pytest.fixture
+def gunicorn(place: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """README.md's program, started by README.md's first command."""
+    words = commands()[0]
+    assert words[:2] == ["SHMSESSION_SECURE=0", "gunicorn"]
+    with running(words, place) as process:
+        yield process
 
 
 def serves(address: str) -> bool:
@@ -118,6 +139,53 @@ def test_the_transcript_is_what_happens(gunicorn: subprocess.Popen[bytes], place
         seen.add(answer["pid"])
 
 
+def backends() -> dict[str, list[str]]:
+    """README.md's commands with a database behind the program, by the database's URL."""
+    return {words[0].partition("=")[2]: words for words in commands() if words[0].startswith("SHMSESSION_BACKEND=")}
+
+
+def test_every_database_line_is_of_the_server_that_the_line_above_starts() -> None:
+    """Its port, which is the usual one, and its password."""
+    found = []
+    for block in blocks(README, "bash"):
+        if block.text.startswith("docker run"):
+            container, command = map(shlex.split, block.text.splitlines())
+            url = command[0].removeprefix("SHMSESSION_BACKEND=")
+            assert connect(url).remote
+            parts = urlsplit(url)
+            port = {"postgresql": 5432, "redis": 6379}[parts.scheme]
+            assert (parts.hostname, parts.port) == ("127.0.0.1", None)
+            assert f"{port}:{port}" in container
+            assert parts.password is None or f"POSTGRES_PASSWORD={parts.password}" in container
+            found.append(url)
+    assert found == list(backends())
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "redis", "sqlite"])
+def test_on_each_database_a_visitor_goes_on_when_the_memory_is_lost(scheme: str, place: Path) -> None:
+    """The lines of README.md, on servers of our own."""
+    (words,) = [words for url, words in backends().items() if url.startswith(scheme)] or commands()[:1]
+    with ExitStack() as stack:
+        if scheme == "postgresql":
+            postgres = stack.enter_context(PostgresServer())
+            url = postgres.url(postgres.create_database())
+        elif scheme == "redis":
+            url = stack.enter_context(RedisServer(*RedisServer.DURABLE)).url
+        else:
+            (url,) = set(re.findall("`SHMSESSION_BACKEND=(sqlite:[^`]+)`", README.read_text(encoding="utf-8")))
+        variables = {"SHMSESSION_BACKEND": url}
+        if scheme != "sqlite":
+            variables["SHMSESSION_KEY"] = str(Key.generate())
+        browser = Browser(str(place / "http"))
+        with running(words, place, **variables):
+            assert [browser.get("/hit").json["hits"] for _ in range(3)] == [1, 2, 3]
+        shutil.rmtree(place / "sessions")
+        shutil.rmtree(place / "state", ignore_errors=True)
+        with running(words, place, **variables):
+            assert browser.get("/hit").json["hits"] == 4
+
+
 def test_the_transcript_is_of_four_workers_and_one_that_was_killed() -> None:
     written = transcript()
     assert len(pids(written.before)) == 4
@@ -135,7 +203,7 @@ def test_every_promise_names_the_tests_that_show_it() -> None:
     """Each promise's row names files and functions of this suite."""
     table = README.read_text(encoding="utf-8").partition("## What it promises")[2].partition("\n## ")[0]
     promises = rows(table)
-    assert [row[0].split()[0] for row in promises] == ["G1", "G2", "G3", "G4", "G6", "G8"]
+    assert [row[0].split()[0] for row in promises] == [f"G{number}" for number in range(1, 9)]
     for row in promises:
         proofs = code(row[2])
         assert proofs, row[0]

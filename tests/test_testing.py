@@ -90,11 +90,16 @@ def test_the_clock_advances_both_times_and_steps_only_the_wall() -> None:
 
 
 def test_the_environment_does_not_reach_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SECURE": "1", "NAME": "other", "LIFESPAN": "1", "DIR": "/nowhere", "KEY": "none"}.items():
+    variables = {
+        "SECURE": "1", "NAME": "other", "LIFESPAN": "1", "DIR": "/nowhere", "KEY": "none",
+        "BACKEND": f"sqlite:///{tmp_path}/sessions.db",
+    }  # fmt: skip
+    for name, value in variables.items():
         monkeypatch.setenv(f"SHMSESSION_{name}", value)
     with make_store(tmp_path / "s") as store:
         assert (store.name, store.config.secure, store.config.map_size) == ("test", False, SMALL_MAP)
         assert store.memory.environment.base == tmp_path / "s"
+        assert not store.is_persistent, "the tests of an application must not reach its database"
 
 
 TESTS = """

@@ -5,12 +5,12 @@ and needs none. To have hooks of your own beside them: `post_fork = chain(post_f
 """
 
 import contextlib
-import importlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
+from shmsession.configured import configured_store
 from shmsession.errors import ConfigError, ShmSessionError
 from shmsession.store import SessionStore, stores
 
@@ -18,7 +18,6 @@ __all__ = ["child_exit", "on_exit", "on_starting", "post_fork", "post_worker_ini
 
 logger = logging.getLogger("shmsession")
 
-VARIABLE = "SHMSESSION_STORE"
 BOOT_ERROR = 3
 """gunicorn's WORKER_BOOT_ERROR: the arbiter stops instead of starting the next worker."""
 
@@ -40,29 +39,13 @@ def chain(*hooks: Callable[..., object]) -> Callable[..., None]:
     return one if arities == {1} else two
 
 
-def configured_store() -> SessionStore | None:
-    """The store that SHMSESSION_STORE=module:attribute names; None when it is not set. Raises ConfigError."""
-    target = os.environ.get(VARIABLE)
-    if not target:
-        return None
-    module, _, attribute = target.partition(":")
-    try:
-        found: object = importlib.import_module(module)
-        for name in (attribute or "store").split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{VARIABLE}={target}: {error}. Write module:attribute, such as app:store") from error
-    if not isinstance(found, SessionStore):
-        raise ConfigError(f"{VARIABLE}={target} is a {type(found).__name__}, not a SessionStore")
-    return found
-
-
 def on_starting(server: Any) -> None:
     """In the arbiter, before any worker: a setting that cannot work stops the start here, with one line."""
     try:
         configured_store()
         for store in _own_stores(server):
-            store.open().close()
+            store.memory.open()  # not the store: what runs beside it would not survive the fork
+            store.close()
         if not stores() and server.cfg.uid == os.geteuid():
             _check_variables()
     except ShmSessionError as error:
@@ -101,7 +84,16 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """In the arbiter, after the last worker: close. Sessions stay for the next start."""
+    """In the arbiter, after the last worker: send what waits to the backend, and close. Sessions stay."""
+    own = _own_stores(server)
+    for store in own:
+        with contextlib.suppress(ShmSessionError):
+            if store.is_persistent and not store.sync.flush():
+                server.log.warning("shmsession: %s sessions wait for the next start", store.stats().outbox)
+    if not own and "SHMSESSION_BACKEND" in os.environ:
+        server.log.info(
+            "shmsession: what waits is flushed at the next start, or now with SHMSESSION_STORE=module:store"
+        )
     for store in stores():
         store.close()
 

@@ -167,11 +167,16 @@ class Building:
     def _found(self, txn: Txn, tables: Tables, size: int, newest_epoch: int) -> None:
         now = self._clock.now()
         txn.put(b"format", sequence_key(STORE_FORMAT), db=tables.meta)
-        txn.put(b"epoch", sequence_key(max(now, newest_epoch + 1)), db=tables.meta)
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
         txn.put(b"size", sequence_key(size), db=tables.meta)
-        txn.put(b"check", _check(txn, tables), db=tables.meta)
+        set_epoch(txn, tables, max(now, newest_epoch + 1))
         txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
+
+
+def set_epoch(txn: Txn, tables: Tables, epoch: int) -> None:
+    """Say which incarnation this is."""
+    txn.put(b"epoch", sequence_key(epoch), db=tables.meta)
+    txn.put(b"check", _check(txn, tables), db=tables.meta)
 
 
 def open_lmdb(data: Path) -> lmdb.Environment:

@@ -74,9 +74,9 @@ class Drafts:
         dead = tombstone(header, now, boot, room.QUIET_MS, epoch, self._seal.key_id, renewed=renewed)
         return self._seal.close(handle, dead, successor)
 
-    def numbered(self, handle: bytes, record: Record, sequence: int) -> Record:
-        """`record` with its place in the outbox."""
-        return self._seal.close(handle, record.header._replace(dirty_seq=sequence), record.data)
+    def reheaded(self, handle: bytes, record: Record, header: Header) -> Record:
+        """The same data under another header, sealed with the Key that it says."""
+        return self._seal.close(handle, header, record.data)
 
     def _joined(self, data: Data) -> bytes:
         joined = join(data) if data else b""

@@ -1,7 +1,8 @@
 """An LMDB environment in use: opened late, reopened when it was replaced, rebuilt when it turns out damaged.
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
-and the PID namespace of those processes; a shared flock says that somebody is there), and `lmdb/`, the environment.
+the PID namespace of those processes, until when the backend is not to be asked; a shared flock says that somebody is
+there), `counters`, and `lmdb/`, the environment.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ import lmdb
 from shmsession.errors import StoreError, StoreFull, UnsafeStore
 
 from . import place
-from .building import STORE_FORMAT, Building, identity, open_lmdb
+from .building import STORE_FORMAT, Building, identity, open_lmdb, set_epoch
+from .counters import Counters
 from .tables import NAMES, Tables, Txn, number
 
 T = TypeVar("T")
@@ -29,6 +31,7 @@ T = TypeVar("T")
 LOOK_SECONDS: Final = 1.0
 READER_CHECK_LOOKS: Final = 3
 ATTEMPTS: Final = 20
+_ATTACHED_BYTES: Final = 32
 
 _STRUCTURAL: Final = (
     lmdb.CorruptedError,
@@ -53,12 +56,16 @@ _NO_ROOM: Final = (lmdb.DiskError, lmdb.MapFullError, lmdb.MemoryError)
 class Opened:
     """An open environment and what must be compared to know that it is still the right one."""
 
-    __slots__ = ("attached", "env", "epoch", "generation", "identity", "looks", "next_look", "pid", "tables", "words")
+    __slots__ = (
+        "attached", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid", "tables", "uuid",
+        "words",
+    )  # fmt: skip
 
-    def __init__(self, env: lmdb.Environment, attached: int, words: memoryview, data: Path) -> None:
+    def __init__(self, env: lmdb.Environment, attached: int, words: memoryview, data: Path, counters: Counters) -> None:
         self.env = env
         self.attached = attached
         self.words = words
+        self.counters = counters
         self.generation: int = words[0]
         self.identity = identity(data)
         self.pid = os.getpid()
@@ -68,6 +75,7 @@ class Opened:
         with env.begin(write=True) as txn:
             self.tables = Tables(*(env.open_db(name, txn=txn, create=False) for name in NAMES))
             self.epoch = number(txn.get(b"epoch", db=self.tables.meta))
+            self.uuid: bytes = txn.get(b"uuid", b"", db=self.tables.meta)
             if number(txn.get(b"format", db=self.tables.meta)) > STORE_FORMAT:
                 raise UnsafeStore(
                     f"{data.parent} was made by a newer version of shmsession: upgrade, or set SHMSESSION_NAME"
@@ -76,6 +84,7 @@ class Opened:
     def close(self) -> None:
         """Leave: others may find themselves alone after this."""
         self.env.close()
+        self.counters.close()
         fcntl.flock(self.attached, fcntl.LOCK_UN)
         os.close(self.attached)
 
@@ -161,6 +170,38 @@ class Environment:
     def epoch(self) -> int:
         """The incarnation of this store."""
         return (self._opened or self.open()).epoch
+
+    @property
+    def uuid(self) -> bytes:
+        """The name of this incarnation, 16 bytes."""
+        return (self._opened or self.open()).uuid
+
+    @property
+    def counters(self) -> Counters:
+        """What all processes count together."""
+        return (self._opened or self.open()).counters
+
+    @property
+    def backend_down_until(self) -> int:
+        """The boot time, in milliseconds, until which nobody asks the backend: it has just failed."""
+        return int((self._opened or self.open()).words[2])
+
+    @backend_down_until.setter
+    def backend_down_until(self, boot: int) -> None:
+        (self._opened or self.open()).words[2] = boot
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Go on as a later incarnation, at least `epoch`: every process opens the environment anew for that."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            if number(txn.get(b"epoch", db=tables.meta)) < epoch:  # type: ignore[arg-type]
+                set_epoch(txn, tables, epoch)
+
+        self.write(work)
+        with self.lock:
+            opened = self.open()
+            opened.words[0] += 1
+            self._leave(opened)
 
     def usage(self, txn: Txn, tables: Tables) -> Usage:
         """How full the map is. Counting the pages in use costs microseconds, so it is done only past half."""
@@ -307,8 +348,8 @@ class Environment:
     def _open(self, directory: int) -> Opened:
         attached = place.open_file(self.path / "attached", directory, create=True)
         try:
-            place.give(attached, 16)
-            words = memoryview(mmap.mmap(attached, 16)).cast("Q")
+            place.give(attached, _ATTACHED_BYTES)
+            words = memoryview(mmap.mmap(attached, _ATTACHED_BYTES)).cast("Q")
             if _try_exclusive(attached):
                 words[1] = _pid_namespace()
                 self.building.make_ready(directory, words)
@@ -322,16 +363,21 @@ class Environment:
                     "give each container a directory of its own (SHMSESSION_DIR), or one PID namespace to all"
                 )
             fcntl.flock(attached, fcntl.LOCK_SH)
-            return self._attach(attached, words)
+            return self._attach(attached, words, directory)
         except BaseException:  # also when it is interrupted; it goes on
             fcntl.flock(attached, fcntl.LOCK_UN)
             os.close(attached)
             raise
 
-    def _attach(self, attached: int, words: memoryview) -> Opened:
+    def _attach(self, attached: int, words: memoryview, directory: int) -> Opened:
         env = open_lmdb(self.data)
         try:
-            opened = Opened(env, attached, words, self.data)
+            counters = Counters(self.path, directory)
+            try:
+                opened = Opened(env, attached, words, self.data, counters)
+            except BaseException:  # also when it is interrupted; it goes on
+                counters.close()
+                raise
         except BaseException:  # also when it is interrupted; it goes on
             env.close()
             raise

@@ -52,6 +52,13 @@ class RecordSeal:
             return None
         return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES]))
 
+    def readable(self, handle: bytes, raw: bytes) -> Record | None:
+        """The record in stored bytes; None when they are corrupt, or for others to read."""
+        try:
+            return self.open(handle, raw)
+        except Unreadable:
+            return None
+
     def header(self, handle: bytes, raw: bytes) -> Header | None:
         """The header of whole or unreadable bytes, None for corrupt ones."""
         try:

@@ -18,10 +18,11 @@ from shmsession.record import HEADER_BYTES, RENEWED, TOMBSTONE, Changes, Header,
 from . import registry, room
 from .drafting import Drafts
 from .environment import Usage
+from .outbox import Outbox
 from .place import default_directory
 from .seal import RecordSeal
-from .sweeping import Sweeper, any_due
-from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, unindex
+from .sweeping import Sweeper, any_due, clock_stepped
+from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, unindex
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -72,6 +73,7 @@ class MemoryStore:
         base = directory or default_directory()
         self.environment = registry.acquire(base, name, map_size, clock, self._judge)
         self._writer = Writer(self.environment, self._drafts, clock, self._make_room, self._tell, backend=backend)
+        self.outbox = Outbox(self.environment, self._seal, self._writer, clock)
         self._sweeper = Sweeper(self._seal, self._writer.bury, backend=backend)
 
     def open(self) -> None:
@@ -244,14 +246,18 @@ class MemoryStore:
         return self._writer.write(work)
 
     def destroy(self, handle: bytes, now: int) -> bool:
-        """Replace the record by a tombstone; False when there was none. Works in a full store.
+        """Replace the record by a tombstone; False when there was none, nor can a backend have it. Works when full.
 
         A session that only got a new id meanwhile is destroyed under that; one that was logged in is another's. One
         that was evicted gets a tombstone too: a fill may be on its way.
         """
         boot = self._clock.boot()
+        done = False
 
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> bool:
+            nonlocal done
+            if self.environment.redoing and done:
+                return True
             target = handle
             while True:
                 raw = txn.get(target, db=tables.records)
@@ -259,7 +265,8 @@ class MemoryStore:
                 if found is None or not found.header.flags & TOMBSTONE:
                     header = found.header if found else self._unseen(target, now, boot)
                     self._writer.bury(txn, tables, target, header, now, boot)
-                    return raw is not None
+                    done = raw is not None or self._backend
+                    return done
                 if not found.data:
                     return False
                 target = found.data
@@ -285,6 +292,11 @@ class MemoryStore:
         if not self.environment.read(lambda txn, tables: any_due(txn, tables, now)):
             return 0
         return self._writer.clean(work, limit)
+
+    def trusts_clocks(self, now: int) -> bool:
+        """Whether what looks expired is: not within five minutes after the wall clock stepped."""
+        boot = self._clock.boot()
+        return not self.environment.write(lambda txn, tables: clock_stepped(txn, tables, now, boot))
 
     def evict(self, count: int = EVICTION_BATCH) -> int:
         """Remove up to `count` records that may go (`room.evict`); returns how many went."""
@@ -331,12 +343,6 @@ class MemoryStore:
     def usage(self) -> Usage:
         """Pages in use, touched and in all."""
         return self.environment.read(self.environment.usage)
-
-    def outbox(self) -> list[tuple[int, bytes]]:
-        """(sequence, handle) of every commit that no backend has acknowledged, oldest first."""
-        return self.environment.read(
-            lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
-        )
 
     # ── what the floors below call ────────────────────────────────────────────────────────────────────────────
 

@@ -1,9 +1,9 @@
 """Removing what has ended: due rows of the expiry table, and the records that they lead to."""
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
-from shmsession.record import TOMBSTONE, Header
+from shmsession.keyring import MAC_BYTES
+from shmsession.record import HEADER_BYTES, RENEWED, TOMBSTONE, Header
 
 from . import room
 from .seal import RecordSeal
@@ -25,8 +25,16 @@ from .tables import (
 STEP_TOLERANCE_MS: Final = 5_000
 STEP_PAUSE_MS: Final = 300_000
 
-Bury = Callable[[Txn, Tables, bytes, Header, int, int], None]
-"""Put a tombstone in a record's place: transaction, tables, handle, the record's header, now, boot."""
+
+class Bury(Protocol):
+    """See `Writer.bury`."""
+
+    def __call__(
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
+        renewed: bool = False, successor: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Put a tombstone in a record's place."""
+        ...
 
 
 class Sweeper:
@@ -39,7 +47,7 @@ class Sweeper:
 
     def sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> int:
         """Deal with up to `limit` due rows, unless a clock stepped; returns how many records went with them."""
-        if _clock_stepped(txn, tables, now, boot):
+        if clock_stepped(txn, tables, now, boot):
             return 0
         gone = 0
         for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
@@ -58,12 +66,14 @@ class Sweeper:
         if header is None or expiry_key(header, handle) != row:
             txn.delete(row, db=tables.expiry)
             return int(header is None and txn.delete(handle, db=tables.records))
+        if header.dirty_seq:  # a backend has yet to hear of it: as a tombstone, due again later
+            renewed = bool(header.flags & RENEWED)
+            successor = bytes(raw)[HEADER_BYTES:-MAC_BYTES] if renewed else b""  # type: ignore[arg-type]
+            self._bury(txn, tables, handle, header, now, boot, renewed=renewed, successor=successor)
+            return int(not header.flags & TOMBSTONE)
         if header.flags & TOMBSTONE:
-            if header.dirty_seq or room.is_recent(header, boot):
+            if room.is_recent(header, boot):
                 return 0
-        elif header.dirty_seq:
-            self._bury(txn, tables, handle, header, now, boot)
-            return 1
         elif self._backend and room.is_recent(header, boot):
             return 0
         unindex(txn, tables, handle, header)
@@ -88,7 +98,7 @@ def _due(txn: Txn, tables: Tables, kind: int, now: int, limit: int) -> list[byte
     return rows
 
 
-def _clock_stepped(txn: Txn, tables: Tables, now: int, boot: int) -> bool:
+def clock_stepped(txn: Txn, tables: Tables, now: int, boot: int) -> bool:
     """Whether wall clock and boot clock have disagreed within the pause: one of them stepped."""
     offset = now - boot
     before, until = clock_in(txn.get(b"clock", db=tables.meta)) or (offset, 0)  # type: ignore[arg-type]

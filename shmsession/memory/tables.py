@@ -14,6 +14,7 @@ TOMBSTONE_CLASS: Final = 2
 _EXPIRY = struct.Struct(">BQ20s")
 EXPIRY_ROW_BYTES: Final = _EXPIRY.size
 _SEQUENCE = struct.Struct(">Q")
+_SEQUENCE_BITS: Final = 20
 _CLOCK = struct.Struct(">qQ")
 
 Txn = lmdb.Transaction
@@ -66,6 +67,16 @@ def sequence_key(sequence: int) -> bytes:
 def number(stored: bytes | None) -> int:
     """What `sequence_key` was given; 0 for nothing."""
     return 0 if stored is None else int.from_bytes(stored[:8], "big")
+
+
+def sequence_after(last: int, now: int) -> int:
+    """The next number of the outbox. It tells when it was given, as far as the wall clock went forward."""
+    return max(last + 1, now << _SEQUENCE_BITS)
+
+
+def sequence_moment(sequence: int) -> int:
+    """When a number of the outbox was given, in wall-clock milliseconds."""
+    return sequence >> _SEQUENCE_BITS
 
 
 def clock_row(offset: int, until: int) -> bytes:

@@ -14,7 +14,7 @@ from shmsession.record import STORABLE, Header, Record
 from . import room
 from .drafting import Drafts
 from .environment import Environment
-from .tables import Tables, Txn, index, number, sequence_key, unindex
+from .tables import Tables, Txn, index, number, sequence_after, sequence_key, unindex
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -123,7 +123,7 @@ class Writer:
         growth = len(record.raw) - len(stored.raw)
         crowd = self.admit(txn, tables, room.UPDATE, growth) if growth > 0 else None
         if self._backend:  # spares a call
-            record = self._dirtied(txn, tables, handle, record)
+            record = self._dirtied(txn, tables, handle, record, stored.header.flags)
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header
         if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
@@ -148,11 +148,39 @@ class Writer:
         txn.put(handle, record.raw, db=tables.records)
         index(txn, tables, handle, record.header)
 
-    def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> Record:
-        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet."""
+    def clean_in(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> None:
+        """Take a record out of the outbox."""
+        self.renumber(txn, tables, handle, record, record.header._replace(dirty_seq=0))
+
+    def dirty_in(self, txn: Txn, tables: Tables, handle: bytes, record: Record, *, front: bool) -> None:
+        """Put a record into the outbox, at its end or in front."""
+        cursor = txn.cursor(tables.outbox)
+        if front and cursor.first():
+            header = record.header._replace(dirty_seq=number(bytes(cursor.key())) - 1)
+        else:
+            header = record.header._replace(dirty_seq=self._next_sequence(txn, tables))
+        self.renumber(txn, tables, handle, record, header)
+
+    def renumber(self, txn: Txn, tables: Tables, handle: bytes, record: Record, header: Header) -> None:
+        """Put the same data under another header in a record's place."""
+        renumbered = self._drafts.reheaded(handle, record, header)
+        unindex(txn, tables, handle, record.header)
+        txn.put(handle, renumbered.raw, db=tables.records)
+        index(txn, tables, handle, renumbered.header)
+
+    def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record, was: int = 0) -> Record:
+        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet.
+
+        `was`: the flags before. One that is no longer storable must be heard of as well.
+        """
         header = record.header
-        if not self._backend or header.dirty_seq or not header.flags & STORABLE:
+        if not self._backend or header.dirty_seq or not (header.flags | was) & STORABLE:
             return record
-        sequence = number(txn.get(b"sequence", db=tables.meta)) + 1  # type: ignore[arg-type]
+        sequence = self._next_sequence(txn, tables)
+        return self._drafts.reheaded(handle, record, header._replace(dirty_seq=sequence))
+
+    def _next_sequence(self, txn: Txn, tables: Tables) -> int:
+        last = number(txn.get(b"sequence", db=tables.meta))  # type: ignore[arg-type]
+        sequence = sequence_after(last, self._clock.now())
         txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
-        return self._drafts.numbered(handle, record, sequence)
+        return sequence

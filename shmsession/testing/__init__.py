@@ -1,6 +1,7 @@
 """For the tests of applications: a store of their own, a clock that obeys, and a cookie that is logged in.
 
-Add `pytest_plugins = ["shmsession.testing"]` to conftest.py and take the fixture `shm_store`.
+Add `pytest_plugins = ["shmsession.testing"]` to conftest.py and take the fixture `shm_store`. `BackendContract` tests a
+backend of your own.
 """
 
 import shutil
@@ -12,9 +13,11 @@ from typing import Any, Final
 
 import pytest
 
-from .config import SessionConfig
-from .keyring import Key
-from .store import SessionStore
+from shmsession.config import SessionConfig
+from shmsession.keyring import Key
+from shmsession.store import SessionStore
+
+from .contract import BackendContract as BackendContract
 
 SMALL_MAP: Final = 4 << 20
 
@@ -55,7 +58,7 @@ def make_store(directory: Path, clock: ManualClock | None = None, **settings: An
         "lifespan": timedelta(hours=6), "max_lifespan": timedelta(days=60), "absolute_lifespan": None,
         "memory_lifespan": timedelta(hours=1),
     }  # fmt: skip
-    return SessionStore(config=SessionConfig(**{**defaults, **settings}), clock=clock or ManualClock())
+    return SessionStore("none", config=SessionConfig(**{**defaults, **settings}), clock=clock or ManualClock())
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""One event loop on a native thread: all of a process that waits for a backend runs there, whoever waits for it.
+
+Native also where gevent has put greenlets in the place of threads: a greenlet that waits for a database would stop all
+others, and an event loop that waits for gevent's hub would wait for itself.
+"""
+
+import asyncio
+import contextlib
+import os
+import selectors
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+from . import _native
+from .errors import StoreError
+
+T = TypeVar("T")
+
+_POLL_SECONDS: Final = 0.001
+
+
+class Portal:
+    """An event loop that lives until `close`. It belongs to the process that made it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._loop = asyncio.SelectorEventLoop(_native.original(selectors, "DefaultSelector")())
+        self._running = _native.allocate_lock()
+        self._running.acquire()
+        _native.start_thread(self._run)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(_cancel_all())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+            self._running.release()
+
+    async def ask(self, work: Coroutine[Any, Any, T]) -> T:
+        """What it returns or raises there, awaited on any event loop. Whoever is cancelled disturbs nobody else."""
+        caller = asyncio.get_running_loop()
+        future: asyncio.Future[T] = caller.create_future()
+
+        def deliver(task: "asyncio.Task[T]") -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+                caller.call_soon_threadsafe(_copy, task, future)
+
+        self._begin(work, deliver)
+        return await future
+
+    def wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """The same, blocking this thread, or this greenlet. Raises TimeoutError after `seconds`; the work goes on."""
+        done: list[asyncio.Task[T]] = []
+        waiting = _native.allocate_lock()
+        waiting.acquire()
+
+        def deliver(task: "asyncio.Task[T]") -> None:
+            done.append(task)
+            waiting.release()
+
+        self._begin(work, deliver)
+        if "gevent.monkey" in sys.modules:
+            end = None if seconds is None else time.monotonic() + seconds
+            while not done and (end is None or time.monotonic() < end):
+                time.sleep(_POLL_SECONDS)  # lets other greenlets run
+        else:
+            waiting.acquire(timeout=-1 if seconds is None else seconds)
+        if not done:
+            raise TimeoutError
+        return _result(done[0])
+
+    def _begin(self, work: Coroutine[Any, Any, T], deliver: "Callable[[asyncio.Task[T]], None]") -> None:
+        def begin() -> None:
+            self._loop.create_task(work).add_done_callback(deliver)
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError:
+            work.close()
+            raise StoreError("this store has been closed") from None
+
+    def close(self) -> None:
+        """End what still runs, and the thread."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._running:
+            return
+
+
+def _result(task: "asyncio.Task[T]") -> T:
+    if task.cancelled():
+        raise StoreError("this store has been closed")
+    return task.result()
+
+
+def _copy(task: "asyncio.Task[T]", future: "asyncio.Future[T]") -> None:
+    if future.done():
+        if not task.cancelled():
+            task.exception()  # nobody waits any more: it is no news
+        return
+    try:
+        future.set_result(_result(task))
+    except BaseException as error:  # noqa: BLE001  # raised where it is awaited
+        future.set_exception(error)
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

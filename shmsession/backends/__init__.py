@@ -1,0 +1,55 @@
+"""The databases behind the memory store, chosen by URL. A driver is imported when its backend is asked for."""
+
+import re
+from importlib import import_module
+from typing import Any, Final, NamedTuple, cast
+
+from shmsession.errors import ConfigError
+
+from .base import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State, wins
+
+__all__ = ["FOREVER", "SENTINEL", "Answer", "Backend", "Mark", "Row", "State", "connect", "wins"]
+
+
+class _Kind(NamedTuple):
+    module: str
+    name: str
+    extra: str = ""
+
+
+_POSTGRES: Final = _Kind("postgres", "PostgresBackend", "postgres")
+_REDIS: Final = _Kind("redis", "RedisBackend", "redis")
+_KINDS: Final = {
+    "sqlite": _Kind("sqlite", "SQLiteBackend"),
+    "postgresql": _POSTGRES,
+    "postgres": _POSTGRES,
+    "redis": _REDIS,
+    "rediss": _REDIS,
+    "unix": _REDIS,
+}
+_EXAMPLES: Final = (
+    "sqlite:///file, postgresql://host/database (or postgres://), redis://host, rediss://host (with TLS) or "
+    "unix:///socket (Redis on a socket)"
+)
+
+
+def connect(url: str, **options: Any) -> Backend:
+    """The backend that a URL names, with its class's options. Nothing is opened.
+
+    Raises ConfigError for an unknown scheme, a driver that is not installed, and what the class does not accept.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,31}", scheme):
+        raise ConfigError(f"the backend is no URL: write {_EXAMPLES}")  # not what was written: a password may be in it
+    kind = _KINDS.get(scheme.lower())
+    if kind is None:
+        raise ConfigError(f"no backend is known for {scheme}://: write {_EXAMPLES}")
+    try:
+        module = import_module(f"{__name__}.{kind.module}")
+    except ImportError as error:
+        if not kind.extra or (error.name or "").startswith(__name__):
+            raise
+        raise ConfigError(
+            f"the driver for {scheme}:// cannot be imported ({error}): pip install 'shmsession[{kind.extra}]'"
+        ) from error
+    return cast("Backend", getattr(module, kind.name)(url, **options))

@@ -1,0 +1,242 @@
+"""PostgreSQL, 12 or newer, by psycopg 3: one table of rows, one statement for a batch."""
+
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
+from typing import Any, Final
+
+from shmsession.errors import BackendError, ConfigError
+
+from .base import SENTINEL, Answer, Mark, Row, State, wins
+from .postgres_pool import BUSY, Connection, Pool, checked, name_of
+
+SCHEMA: Final = 1
+"""The version of the tables that this module makes and understands."""
+
+_PAGE: Final = 1000
+_ATTEMPTS: Final = 5
+_LOCK: Final = 0x73686D73657373
+"""The advisory lock held while tables are made: "shmsess"."""
+
+_TABLE: Final = re.compile(r"(?:[A-Za-z_]\w{0,62}\.)?[A-Za-z_]\w{0,47}", re.ASCII)
+
+# An index on the horizon itself would make every touch write to all indexes; its hour seldom changes, so that most
+# updates stay within their page (HOT), in the room that fillfactor leaves there. `was_…` is the row that the last write
+# met: an upsert can return nothing else of it.
+_TABLES: Final = """
+CREATE TABLE {table} (
+    handle bytea PRIMARY KEY,
+    state int2 NOT NULL,
+    epoch int8 NOT NULL,
+    version int8 NOT NULL,
+    horizon int8 NOT NULL,
+    horizon_hour int8 GENERATED ALWAYS AS (horizon / 3600000) STORED,
+    "user" bytea NOT NULL,
+    body bytea NOT NULL,
+    was_state int2,
+    was_epoch int8,
+    was_version int8
+) WITH (fillfactor = 80);
+ALTER TABLE {table} ALTER COLUMN body SET STORAGE EXTERNAL;
+CREATE INDEX {user_index} ON {table} ("user") WHERE state = 1;
+CREATE INDEX {horizon_index} ON {table} (horizon_hour);
+CREATE TABLE {meta} (version int4 NOT NULL);
+INSERT INTO {meta} VALUES ({schema});
+"""
+
+# base.wins, in SQL.
+_WINS: Final = """(excluded.state = 3
+    OR old.state <> 3 AND (excluded.epoch, excluded.version) > (old.epoch, old.version))"""
+
+_REPLACED: Final = ", ".join(
+    f"{column} = CASE WHEN {_WINS} THEN excluded.{column} ELSE old.{column} END"
+    for column in ("state", "epoch", "version", '"user"', "body")
+)
+
+# Ordered, so that two batches never wait for each other's rows.
+_WRITE: Final = f"""
+INSERT INTO {{table}} AS old (handle, state, epoch, version, horizon, "user", body)
+SELECT * FROM unnest(%b::bytea[], %b::int2[], %b::int8[], %b::int8[], %b::int8[], %b::bytea[], %b::bytea[]) ORDER BY 1
+ON CONFLICT (handle) DO UPDATE SET {_REPLACED}, horizon = greatest(old.horizon, excluded.horizon),
+    was_state = old.state, was_epoch = old.epoch, was_version = old.version
+RETURNING handle, was_state, was_epoch, was_version
+"""  # nothing but constants
+
+_ROW: Final = 'SELECT handle, state, epoch, version, horizon, "user", body FROM {table} '
+_LOAD: Final = _ROW + "WHERE handle = %b AND state <> 2"
+_SESSIONS_OF: Final = _ROW + 'WHERE "user" = %b AND state = 1 AND handle <> %b ORDER BY handle'
+_HANDLES: Final = "SELECT handle FROM {table} WHERE handle > %b AND state = 1 ORDER BY handle LIMIT %b"
+_COUNT: Final = """
+SELECT (SELECT count(*) FROM {table} WHERE state = 1) - (SELECT count(*) FROM {table} WHERE handle = %b AND state = 1)
+"""
+_SWEEP: Final = """
+WITH gone AS MATERIALIZED (
+    SELECT handle FROM {table} WHERE horizon_hour <= %b::int8 / 3600000 AND horizon < %b
+    ORDER BY horizon_hour LIMIT %b FOR UPDATE SKIP LOCKED
+)
+DELETE FROM {table} AS old USING gone WHERE old.handle = gone.handle RETURNING old.handle
+"""
+_CLEAR: Final = """
+WITH cleared AS MATERIALIZED (
+    SELECT handle, state FROM {table} WHERE handle > %b AND state <> 3 ORDER BY handle LIMIT %b FOR UPDATE
+), dead AS (
+    UPDATE {table} AS old SET state = 3, "user" = '', body = '' FROM cleared WHERE old.handle = cleared.handle
+)
+SELECT handle, state FROM cleared ORDER BY handle
+"""
+
+
+class PostgresBackend:
+    """Rows in a table of a PostgreSQL database.
+
+    `url` and `options`: what libpq knows, such as `sslmode="verify-full"`, or `connect_timeout`, of 5 seconds unless
+    given. `table` may name a schema. A process asks at most `max_size` questions at once, and keeps `min_size`
+    connections when it asks none. `timeout`: seconds after which a question, with all that it waited for, counts as
+    not answered.
+    """
+
+    remote = True
+    expires = False
+
+    def __init__(
+        self, url: str, *, table: str = "shmsession", min_size: int = 1, max_size: int = 4, timeout: float = 5.0,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if not _TABLE.fullmatch(table):
+            raise ConfigError("table= must be a name of up to 48 letters, digits and _, or schema.name")
+        if timeout <= 0 or not 0 <= min_size <= max_size or not max_size:
+            raise ConfigError("timeout= must be more than 0, and 0 ≤ min_size ≤ max_size, which is at least 1")
+        self._conninfo = checked(url, options)
+        self.name = name_of(self._conninfo)
+        self._table = table
+        self._names = _names(table)
+        self._make_pool = partial(
+            Pool, self._conninfo, name=self.name, table=table, min_size=min_size, max_size=max_size, timeout=timeout
+        )
+        self._pool: Pool | None = None
+
+    def __repr__(self) -> str:
+        return f"<PostgresBackend {self.name}, {self._table}>"
+
+    async def open(self) -> None:
+        """Begin to connect, without waiting for it."""
+        if self._pool is None:
+            self._pool = self._make_pool()
+            await self._pool.open()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.close()
+
+    async def initialize(self) -> None:
+        """Make the tables, unless they are there."""
+        async with self._connection() as connection:
+            if await self._version(connection) is not None:
+                return
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+                if await self._version(connection) is None:
+                    await connection.execute(self._sql(_TABLES))
+
+    async def _version(self, connection: Connection) -> int | None:
+        """That of the tables, if there are any. Raises BackendError when it is not ours."""
+        # Reading pg_class makes the server notice what others made since this transaction began; to_regclass does not.
+        exists = "SELECT 1 FROM pg_catalog.pg_class WHERE oid = to_regclass(%s)"
+        if await (await connection.execute(exists, [self._names["meta"]])).fetchone() is None:
+            return None
+        row = await (await connection.execute(self._sql("SELECT version FROM {meta}"))).fetchone()
+        version = int(row[0]) if row else 0
+        if version != SCHEMA:
+            raise BackendError(
+                f"{self.name} holds {self._table} in version {version}, and this program knows version {SCHEMA}: "
+                "upgrade the program, or choose another name by `table=`."
+            )
+        return version
+
+    # Rows.
+
+    async def load(self, handle: bytes) -> Row | None:
+        """The LIVE or DEAD row."""
+        rows = await self._ask(_LOAD, [handle])
+        return _row(rows[0]) if rows else None
+
+    async def write(self, rows: Sequence[Row]) -> list[Answer]:
+        """All of them in one statement."""
+        if not rows:
+            return []
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        columns[1] = list(map(int, columns[1]))
+        met = {handle: _mark(*was) for handle, *was in await self._ask(_WRITE, columns)}
+        return [Answer(wins(row, met[row.handle]), met[row.handle]) for row in rows]
+
+    async def sweep(self, now: int, limit: int) -> int:
+        """Delete rows whose horizon has passed; those that somebody writes just now are left for the next time."""
+        return len(await self._ask(_SWEEP, [now, now, limit]))
+
+    async def count(self) -> int:
+        """How many LIVE rows there are."""
+        return int((await self._ask(_COUNT, [SENTINEL]))[0][0])
+
+    async def handles(self) -> AsyncIterator[bytes]:
+        """The handles of all LIVE rows, in their order; no connection is held meanwhile."""
+        last = SENTINEL
+        while page := await self._ask(_HANDLES, [last, _PAGE]):
+            for (last,) in page:
+                yield last
+
+    async def sessions_of(self, user: bytes) -> list[Row]:
+        """The LIVE rows of a user."""
+        return [_row(row) for row in await self._ask(_SESSIONS_OF, [user, SENTINEL])]
+
+    async def clear(self) -> int:
+        """All rows DEAD, a page at a time; what is new meanwhile may be left."""
+        last, live = SENTINEL, 0
+        while page := await self._ask(_CLEAR, [last, _PAGE]):
+            last = page[-1][0]
+            live += sum(state == State.LIVE for _, state in page)
+        return live
+
+    # Asking.
+
+    def _sql(self, text: str) -> bytes:
+        return text.format_map(self._names).encode()
+
+    def _connection(self) -> AbstractAsyncContextManager[Connection]:
+        if self._pool is None:
+            raise BackendError(f"{self.name} is not open: call `open` first.")
+        return self._pool.connection()
+
+    async def _ask(self, text: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """All rows that a statement answers. It is repeated when it lost against others', and so changed nothing."""
+        async with self._connection() as connection:
+            for _ in range(_ATTEMPTS - 1):
+                with suppress(*BUSY):
+                    return await self._execute(connection, text, parameters)
+            return await self._execute(connection, text, parameters)
+
+    async def _execute(self, connection: Connection, text: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        cursor = connection.cursor(binary=True)
+        await cursor.execute(self._sql(text), parameters, prepare=True)
+        return await cursor.fetchall()
+
+
+def _names(table: str) -> dict[str, str]:
+    """The quoted identifiers that statements are filled in with."""
+    schema, _, name = table.rpartition(".")
+    within = f'"{schema}".' if schema else ""
+    return {
+        "table": f'{within}"{name}"', "meta": f'{within}"{name}_meta"', "user_index": f'"{name}_user"',
+        "horizon_index": f'"{name}_horizon"', "schema": str(SCHEMA),
+    }  # fmt: skip
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    handle, state, *rest = values
+    return Row(handle, State(state), *rest)
+
+
+def _mark(state: int | None, epoch: int, version: int) -> Mark | None:
+    return None if state is None else Mark(State(state), epoch, version)

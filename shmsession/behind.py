@@ -1,0 +1,234 @@
+"""What stands behind the memory store in one process: the backend, a flusher, and loads of what memory lacks."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final
+
+from ._portal import Portal
+from .backends.base import Backend, State
+from .clock import Clock
+from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreFull
+from .flusher import BACKOFF_MS, Flusher, is_down
+from .memory.doorbell import Doorbell
+from .memory.store import STALE_FILL_MS, MemoryStore, Missing
+from .record import Record, unpack_header
+from .rows import Rows
+
+MISSING_MS: Final = 5_000
+"""So long a handle that the backend does not have is not asked for again. Less than memory keeps what it learns."""
+MISSING_HANDLES: Final = 4_096
+OPEN_SECONDS: Final = 10.0
+POLL_SECONDS: Final = (0.0005, 0.01)
+
+
+class Behind:
+    """One process's part. Nothing runs before `start` or the first load; after `close` it is gone for good."""
+
+    def __init__(
+        self, memory: MemoryStore, backend: Backend, rows: Rows, clock: Clock, make_flusher: Callable[[], Flusher],
+        *, load_seconds: float,
+    ) -> None:  # fmt: skip
+        self._memory = memory
+        self._environment = memory.environment
+        self._backend = backend
+        self._rows = rows
+        self._clock = clock
+        self._make_flusher = make_flusher
+        self._load_seconds = load_seconds
+        self._bell = Doorbell(memory.environment.path)
+        self._starting = threading.Lock()
+        self._portal: Portal | None = None
+        self._flushing: asyncio.Task[None] | None = None
+        self._loads: dict[bytes, asyncio.Task[Record | Missing]] = {}
+        self._missing: dict[bytes, int] = {}
+        self.pid = os.getpid()
+
+    # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Run a candidate for the lease here from now on."""
+        with self._starting:
+            if self._portal is None:
+                portal = Portal()
+                try:
+                    portal.wait(self._begin(), OPEN_SECONDS)
+                except TimeoutError:
+                    portal.close()
+                    raise BackendUnavailable(f"{self._backend.name} could not be opened in {OPEN_SECONDS} s") from None
+                except BaseException:  # whatever stops the start; it goes on
+                    portal.close()
+                    raise
+                self._portal = portal
+
+    async def _begin(self) -> None:
+        await self._backend.open()
+        self._flushing = asyncio.create_task(self._make_flusher().run())
+
+    def _there(self) -> Portal:
+        if self._portal is None:
+            self.start()
+        assert self._portal is not None
+        return self._portal
+
+    def close(self) -> None:
+        """Stop here; other processes go on, and what waits is sent by them, or at the next start."""
+        with self._starting:
+            portal, self._portal = self._portal, None
+            if portal is not None and portal.pid == os.getpid():
+                with contextlib.suppress(ShmSessionError, TimeoutError):
+                    portal.wait(self._stop(), OPEN_SECONDS)
+                portal.close()
+        self._bell.remove()
+
+    async def _stop(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            await asyncio.gather(self._flushing, return_exceptions=True)
+        await self._backend.close()
+
+    # ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def load(self, handle: bytes) -> Record | Missing:
+        """What the backend has, kept in memory from now on. Blocks this thread. Raises BackendError, StoreError."""
+        self._refuse_if_down()
+        return self._there().wait(self._load_once(handle))
+
+    async def load_async(self, handle: bytes) -> Record | Missing:
+        """The same, for code on any event loop."""
+        self._refuse_if_down()
+        return await self._there().ask(self._load_once(handle))
+
+    def _refuse_if_down(self) -> None:
+        if is_down(self._environment, self._clock):
+            self._environment.counters.add("load_errors")
+            raise BackendUnavailable(f"{self._backend.name} has just failed, and is not asked again for a moment")
+
+    async def _load_once(self, handle: bytes) -> Record | Missing:
+        """One question a handle, however many requests wait for it; a cancelled one fails nobody else."""
+        running = self._loads.get(handle)
+        if running is None:
+            if self._clock.boot() - self._missing.get(handle, -MISSING_MS) < MISSING_MS:
+                return Missing.UNKNOWN
+            running = self._loads[handle] = asyncio.create_task(self._load(handle))
+            running.add_done_callback(partial(self._loaded, handle))
+        return await asyncio.shield(running)
+
+    def _loaded(self, handle: bytes, task: "asyncio.Task[Record | Missing]") -> None:
+        self._loads.pop(handle, None)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if nobody waits any more, it is no news
+
+    async def _load(self, handle: bytes) -> Record | Missing:
+        missed, losses = self._clock.boot(), self._memory.outbox.losses()
+        try:
+            async with asyncio.timeout(self._load_seconds):
+                row = await self._backend.load(handle)
+        except TimeoutError:
+            self._failed()
+            raise BackendUnavailable(f"{self._backend.name} did not answer in {self._load_seconds} s") from None
+        except BackendError:
+            self._failed()
+            raise
+        except Exception as error:  # a backend may be somebody else's code
+            self._failed()
+            raise BackendError(f"{self._backend.name} failed with {type(error).__name__}") from error
+        if row is None or row.state is not State.LIVE:
+            return self._note_missing(handle, missed)
+        header, data = self._rows.session_in(row)
+        if self._clock.now() >= header.expires:
+            return self._note_missing(handle, missed)
+        found = self._memory.fill(handle, header, data, missed)
+        if self._memory.outbox.losses() != losses:  # it came from before a loss: the backend is to have it again
+            self._memory.outbox.send_again(handle)
+        if found is None:
+            if self._clock.boot() - missed > STALE_FILL_MS:
+                raise BackendUnavailable(f"{self._backend.name} answered too late to be believed")
+            raise StoreFull("the memory store has no room for a session of the backend: raise SHMSESSION_MAP_SIZE")
+        return found
+
+    def _note_missing(self, handle: bytes, boot: int) -> Missing:
+        if len(self._missing) >= MISSING_HANDLES:
+            self._missing.clear()
+        self._missing[handle] = boot
+        return Missing.UNKNOWN
+
+    def _failed(self) -> None:
+        environment = self._environment
+        environment.counters.add("load_errors")
+        if not is_down(environment, self._clock):
+            environment.backend_down_until = self._clock.boot() + BACKOFF_MS[0]
+
+    # ── waiting until the backend has it ──────────────────────────────────────────────────────────────────────
+
+    def is_clean(self, handles: Iterable[bytes]) -> bool:
+        """Whether none of these waits for the backend."""
+        for handle in handles:
+            raw = self._environment.get(handle)
+            if raw is not None and unpack_header(raw).dirty_seq:
+                return False
+        return True
+
+    def wait(self, handles: Iterable[bytes], seconds: float) -> bool:
+        """Until the backend has them, for so long at most; whether it has. Blocks this thread."""
+        handles = tuple(handles)
+        if not self._expect(handles):
+            return self.is_clean(handles)
+        end, pause = time.monotonic() + seconds, POLL_SECONDS[0]
+        while not self.is_clean(handles):
+            if self._gives_up(end):
+                return False
+            time.sleep(pause)
+            pause = min(pause * 2, POLL_SECONDS[1])
+        return True
+
+    async def wait_async(self, handles: Iterable[bytes], seconds: float) -> bool:
+        """The same, for code on any event loop."""
+        handles = tuple(handles)
+        if not self._expect(handles):
+            return self.is_clean(handles)
+        end, pause = time.monotonic() + seconds, POLL_SECONDS[0]
+        while not self.is_clean(handles):
+            if self._gives_up(end):
+                return False
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, POLL_SECONDS[1])
+        return True
+
+    def _expect(self, handles: tuple[bytes, ...]) -> bool:
+        """Whether waiting has a point; then the flusher is told."""
+        if self.is_clean(handles):
+            return False
+        self._bell.ring()
+        return True
+
+    def _gives_up(self, end: float) -> bool:
+        if is_down(self._environment, self._clock) or time.monotonic() >= end:
+            self._environment.counters.add("late")
+            return True
+        return False
+
+    # ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def drain(self, seconds: float) -> bool:
+        """Send all that waits, from this process, for so long at most; whether nothing is left. Blocks this thread."""
+        return self._there().wait(self._drain(seconds))
+
+    async def drain_async(self, seconds: float) -> bool:
+        """The same, for code on any event loop."""
+        return await self._there().ask(self._drain(seconds))
+
+    async def _drain(self, seconds: float) -> bool:
+        return await self._make_flusher().drain(seconds)
+
+    async def clear(self) -> int:
+        """`Backend.clear`, for code on any event loop."""
+        return await self._there().ask(self._backend.clear())
+
+    async def initialize(self) -> None:
+        """`Backend.initialize`, for code on any event loop."""
+        await self._there().ask(self._backend.initialize())

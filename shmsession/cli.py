@@ -1,0 +1,67 @@
+"""The command line: `shmsession flusher`, `shmsession initdb`, `shmsession stats`."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from .configured import configured_store
+from .errors import ConfigError, ShmSessionError
+from .store import SessionStore
+
+
+def flusher(store: SessionStore) -> int:
+    """Flush to the backend until SIGTERM or SIGINT, then send what is left. Beside workers it is one more candidate."""
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread begins: none of them is to be interrupted
+    store.open()
+    signal.sigwait(signals)
+    drained = store.sync.flush()
+    left = store.stats().outbox
+    store.close()
+    if not drained:
+        print(f"shmsession: {left} sessions wait for the next start", file=sys.stderr)  # noqa: T201
+    return 0 if drained else 1
+
+
+def initdb(store: SessionStore) -> int:
+    """Make the backend's tables, or migrate them."""
+    store.sync.initialize()
+    store.close()
+    return 0
+
+
+def stats(store: SessionStore) -> int:
+    """Print the store's numbers as JSON."""
+    store.memory.open()
+    print(json.dumps(store.stats()._asdict()))  # noqa: T201
+    store.close()
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[SessionStore], int]] = {"flusher": flusher, "initdb": initdb, "stats": stats}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="shmsession", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.add_argument(
+            "store", nargs="?", help="module:attribute of the SessionStore; else SHMSESSION_STORE, else the variables"
+        )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as gunicorn and uvicorn do
+    try:
+        store = configured_store(options.store) or SessionStore()
+        if options.command != "stats" and not store.is_persistent:
+            raise ConfigError("this store has no backend: set SHMSESSION_BACKEND, or name a store that has one")
+        return _COMMANDS[options.command](store)
+    except ShmSessionError as error:
+        print(f"shmsession: {error}", file=sys.stderr)  # noqa: T201
+        return 1

@@ -1,0 +1,257 @@
+"""What a backend has yet to hear of: read in order, crossed off when it has heard, put back when it forgot."""
+
+from typing import Final, NamedTuple
+
+from shmsession.clock import Clock
+from shmsession.ids import HANDLE_BYTES
+from shmsession.record import STORABLE, TOMBSTONE, Record
+
+from . import room
+from .environment import Environment
+from .seal import RecordSeal
+from .tables import Tables, Txn, number, remove, sequence_key, sequence_moment
+from .writing import Writer
+
+CHUNK: Final = 50
+"""So many records are sealed anew in one transaction: others wait for it."""
+
+
+LOSSES: Final = b"forgot"
+"""The note that says how often the backend was found to have lost what it had acknowledged."""
+
+
+class Dirty(NamedTuple):
+    """A commit to be sent: the session's handle and its record as it is now."""
+
+    handle: bytes
+    record: Record
+
+
+class Outbox:
+    """The outbox of one memory store. Each method is a few short transactions."""
+
+    def __init__(self, environment: Environment, seal: RecordSeal, writer: Writer, clock: Clock) -> None:
+        self._environment = environment
+        self._seal = seal
+        self._writer = writer
+        self._clock = clock
+
+    def rows(self) -> list[tuple[int, bytes]]:
+        """(sequence, handle) of every commit that no backend has acknowledged, oldest first."""
+        return self._environment.read(
+            lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
+        )
+
+    def __len__(self) -> int:
+        return self._environment.read(lambda txn, tables: int(txn.stat(tables.outbox)["entries"]))
+
+    def age(self) -> int:
+        """How long the oldest row has waited, in milliseconds; 0 when there is none."""
+
+        def work(txn: Txn, tables: Tables) -> int:
+            cursor = txn.cursor(tables.outbox)
+            return sequence_moment(number(bytes(cursor.key()))) if cursor.first() else -1
+
+        since = self._environment.read(work)
+        return 0 if since < 0 else max(0, self._clock.now() - since)
+
+    def oldest(self, limit: int) -> list[Dirty]:
+        """Up to `limit` commits that wait, oldest first. A record of an unknown Key is left for who has that."""
+        batch: list[Dirty] = []
+        stray: list[tuple[int, bytes]] = []
+        after = -1
+        while len(batch) < limit:
+            window = self._window(after, limit - len(batch))
+            for sequence, handle, raw in window:
+                header = None if raw is None else self._seal.header(handle, raw)
+                if header is None or header.dirty_seq != sequence:
+                    stray.append((sequence, handle))
+                elif raw and (record := self._seal.readable(handle, raw)) is not None:
+                    batch.append(Dirty(handle, record))
+            if not window:
+                break
+            after = window[-1][0]
+        if stray:
+            self._drop(stray)
+        return batch
+
+    def _window(self, after: int, limit: int) -> list[tuple[int, bytes, bytes | None]]:
+        """The next rows with what they lead to."""
+
+        def work(txn: Txn, tables: Tables) -> list[tuple[int, bytes, bytes | None]]:
+            found: list[tuple[int, bytes, bytes | None]] = []
+            cursor = txn.cursor(tables.outbox)
+            more = cursor.set_range(sequence_key(after + 1))
+            while more and len(found) < limit:
+                handle = bytes(cursor.value())
+                raw = txn.get(handle, db=tables.records)
+                found.append((number(bytes(cursor.key())), handle, raw))  # type: ignore[arg-type]
+                more = cursor.next()
+            return found
+
+        return self._environment.read(work)
+
+    def _drop(self, stray: list[tuple[int, bytes]]) -> None:
+        """Rows that lead to no dirty record, which only damage leaves behind."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            for sequence, handle in stray:
+                raw = txn.get(handle, db=tables.records)
+                header = None if raw is None else self._seal.header(handle, raw)  # type: ignore[arg-type]
+                if header is None or header.dirty_seq != sequence:
+                    txn.delete(sequence_key(sequence), db=tables.outbox)
+
+        self._environment.write(work)
+
+    # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def acknowledge(self, sent: list[Dirty], losses: int = 0) -> None:
+        """The backend has these, or later ones: cross off what has not changed since.
+
+        Nothing, when it has lost something meanwhile: `losses` is how often that had happened when they were sent.
+        """
+        for begin in range(0, len(sent), CHUNK):
+            chunk = sent[begin : begin + CHUNK]
+
+            def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk) -> None:
+                if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
+                    return
+                for handle, record in chunk:
+                    if txn.get(handle, db=tables.records) == record.raw:
+                        self._writer.clean_in(txn, tables, handle, record)
+
+            self._environment.write(work)
+
+    def obey(self, handle: bytes) -> None:
+        """The backend says that the session is dead: so it is here."""
+        now, boot = self._clock.now(), self._clock.boot()
+
+        def work(txn: Txn, tables: Tables) -> None:
+            record = self._found(txn, tables, handle)
+            if record is None:
+                return
+            if not record.header.flags & TOMBSTONE:
+                self._writer.bury(txn, tables, handle, record.header, now, boot)
+                record = self._found(txn, tables, handle)
+            if record is not None and record.header.dirty_seq:
+                self._writer.clean_in(txn, tables, handle, record)
+
+        self._environment.write(work)
+
+    def outnumber(self, handle: bytes, epoch: int, version: int) -> None:
+        """The backend has a newer one, from a store that is gone: what was committed here is to be sent above it."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            record = self._found(txn, tables, handle)
+            if record is None or not record.header.dirty_seq:
+                return
+            if (record.header.epoch, record.header.version) < (epoch, version):
+                header = record.header._replace(epoch=max(epoch, record.header.epoch), version=version + 1)
+                self._writer.renumber(txn, tables, handle, record, header)
+
+        self._environment.write(work)
+
+    def _found(self, txn: Txn, tables: Tables, handle: bytes) -> Record | None:
+        raw = txn.get(handle, db=tables.records)
+        return None if raw is None else self._seal.readable(handle, raw)  # type: ignore[arg-type]
+
+    # ── all records, a chunk at a time ────────────────────────────────────────────────────────────────────────
+
+    def put_back(self, after: bytes, *, dead: bool) -> tuple[int, bytes, bool]:
+        """The backend has lost what it had: the dead, or the others, wait again. The next chunk.
+
+        The dead go in front of all that waits. Returns how many, where the next call goes on (b"" at the end), and
+        whether there were some that only others can read.
+        """
+        handles = self._handles(after)
+
+        def work(txn: Txn, tables: Tables) -> tuple[int, bool]:
+            put, passed_over = 0, False
+            for handle in handles:
+                raw = txn.get(handle, db=tables.records)
+                record = None if raw is None else self._seal.readable(handle, raw)  # type: ignore[arg-type]
+                if record is None:
+                    passed_over = passed_over or raw is not None
+                    continue
+                header = record.header
+                if bool(header.flags & TOMBSTONE) == dead and header.flags & STORABLE and not header.dirty_seq:
+                    self._writer.dirty_in(txn, tables, handle, record, front=dead)
+                    put += 1
+            return put, passed_over
+
+        put, passed_over = self._environment.write(work) if handles else (0, False)
+        return put, (handles[-1] if handles else b""), passed_over
+
+    def retire(self, now: int, idle: int, after: bytes) -> tuple[int, bytes]:
+        """Remove from memory what the backend has and nobody looked at for `idle` milliseconds: the next chunk.
+
+        Returns how many went, and where the next call goes on; b"" at the end.
+        """
+        handles = self._handles(after)
+        boot = self._clock.boot()
+
+        def idles(txn: Txn, tables: Tables, handle: bytes) -> Record | None:
+            record = self._found(txn, tables, handle)
+            if record is None or record.header.flags & TOMBSTONE or not record.header.flags & STORABLE:
+                return None
+            kept = record.header.dirty_seq or room.is_recent(record.header, boot)
+            return None if kept or now - record.header.last_seen < idle else record
+
+        def look(txn: Txn, tables: Tables) -> list[bytes]:
+            return [handle for handle in handles if idles(txn, tables, handle) is not None]
+
+        due = self._environment.read(look)
+
+        def work(txn: Txn, tables: Tables) -> int:
+            gone = 0
+            for handle in due:
+                record = idles(txn, tables, handle)
+                if record is not None:
+                    remove(txn, tables, handle, record.header)
+                    gone += 1
+            return gone
+
+        return (self._environment.write(work) if due else 0), (handles[-1] if handles else b"")
+
+    def _handles(self, after: bytes) -> list[bytes]:
+        """The next handles in the order of their bytes."""
+
+        def work(txn: Txn, tables: Tables) -> list[bytes]:
+            cursor = txn.cursor(tables.records)
+            found: list[bytes] = []
+            more = cursor.set_range(after + b"\0") if after else cursor.first()
+            while more and len(found) < CHUNK:
+                found.append(bytes(cursor.key()))
+                more = cursor.next()
+            return [handle for handle in found if len(handle) == HANDLE_BYTES] or found
+
+        return self._environment.read(work)
+
+    def send_again(self, handle: bytes) -> None:
+        """One session is to wait again."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            record = self._found(txn, tables, handle)
+            if record is not None and record.header.flags & STORABLE and not record.header.dirty_seq:
+                self._writer.dirty_in(txn, tables, handle, record, front=False)
+
+        self._environment.write(work)
+
+    # ── notes of the flusher ──────────────────────────────────────────────────────────────────────────────────
+
+    def note(self, name: bytes) -> int:
+        """A number that was kept with the store; 0 when there is none."""
+        return self._environment.read(lambda txn, tables: number(txn.get(name, db=tables.meta)))  # type: ignore[arg-type]
+
+    def losses(self) -> int:
+        """How often the backend was found to have lost what it had acknowledged."""
+        return self.note(LOSSES)
+
+    def raise_note(self, name: bytes, value: int) -> None:
+        """Keep a number with the store, unless a higher one is there."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            if number(txn.get(name, db=tables.meta)) < value:  # type: ignore[arg-type]
+                txn.put(name, sequence_key(value), db=tables.meta)
+
+        self._environment.write(work)

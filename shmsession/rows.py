@@ -1,0 +1,78 @@
+"""Records as rows of a backend, and back. A body is opaque there: the record's header and data, sealed on request."""
+
+import struct
+from typing import Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+
+from .backends.base import FOREVER, Mark, Row, State
+from .errors import BackendError, Unreadable
+from .keyring import KEY_ID_BYTES, Keyring
+from .memory.outbox import Dirty
+from .record import FORMAT, HEADER_BYTES, NO_TAG, STORABLE, TOMBSTONE, Header, pack_header, unpack_header
+
+_PLAIN: Final = b"\x00"
+_SEALED: Final = b"\x01"
+_NO_KEY: Final = bytes(KEY_ID_BYTES)
+
+
+class Loaded(NamedTuple):
+    """A row's session."""
+
+    header: Header
+    data: bytes
+
+
+class Rows:
+    """Translates. `keyring`: seals bodies with AES-256-GCM for their handle; None: the database can read them."""
+
+    def __init__(self, keyring: Keyring | None = None) -> None:
+        self._keyring = keyring
+
+    def row_of(self, dirty: Dirty) -> Row:
+        """What a backend is sent."""
+        handle, record = dirty
+        header = record.header
+        state = State.DEAD if header.flags & TOMBSTONE else State.LIVE if header.flags & STORABLE else State.ERASED
+        horizon = min(header.horizon, FOREVER)
+        if state is not State.LIVE:
+            return Row(handle, state, header.epoch, header.version, horizon)
+        user = b"" if header.user_tag == NO_TAG else header.user_tag
+        plain = pack_header(header._replace(key_id=_NO_KEY, dirty_seq=0)) + record.data
+        return Row(handle, state, header.epoch, header.version, horizon, user, self._close(handle, plain))
+
+    def session_in(self, row: Row) -> Loaded:
+        """What a LIVE row holds. Raises Unreadable for an unknown Key or a newer format, BackendError for junk."""
+        plain = self._open(row.handle, row.body)
+        try:
+            header = unpack_header(plain)
+        except struct.error:
+            header = None
+        if header is not None and header.format != FORMAT:
+            raise Unreadable(f"a session was stored in format {header.format}: upgrade shmsession here too")
+        if header is None or Mark(State.LIVE, header.epoch, header.version) != row.mark:
+            raise BackendError(f"the row of session {row.handle.hex()} is damaged: destroy it, or restore it")
+        return Loaded(header, plain[HEADER_BYTES:])
+
+    def _close(self, handle: bytes, plain: bytes) -> bytes:
+        if self._keyring is None:
+            return _PLAIN + plain
+        return _SEALED + self._keyring.newest_id + self._keyring.seal(plain, handle)
+
+    def _open(self, handle: bytes, body: bytes) -> bytes:
+        if body[:1] == _PLAIN:
+            return body[1:]
+        key_id = body[1 : 1 + KEY_ID_BYTES]
+        if self._keyring is None or key_id not in self._keyring:
+            raise Unreadable(
+                "a session was stored under a database Key that this process does not have: add it to database_keys"
+            )
+        try:
+            return self._keyring.unseal(key_id, body[1 + KEY_ID_BYTES :], handle)
+        except InvalidTag:
+            raise BackendError(f"the row of session {handle.hex()} is not what was stored there: restore it") from None
+
+
+def mark_of(dirty: Dirty) -> tuple[int, int]:
+    """The place of a record in the order of its versions."""
+    return dirty.record.header.epoch, dirty.record.header.version

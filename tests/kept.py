@@ -1,0 +1,167 @@
+"""What a backend keeps, seen from outside: rows compared with memory, and watched for steps back."""
+
+import contextlib
+import sqlite3
+import threading
+from asyncio import run
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from shmsession import SessionStore
+from shmsession.backends import SENTINEL, Backend, Row, State, connect
+from shmsession.lease import Lease
+from shmsession.record import STORABLE, TOMBSTONE, Record
+from shmsession.rows import Rows
+from tests.databases import PostgresServer, RedisServer
+from tests.servers import wait_for
+
+BACKENDS = ["sqlite", "postgres", "redis"]
+
+
+class Kept:
+    """A backend with its server, if it has one."""
+
+    def __init__(self, name: str, place: Path) -> None:
+        self.name = name
+        self.server: Any = None
+        self.file = place / "sessions.db"
+        if name == "sqlite":
+            self.url = f"sqlite:///{self.file}"
+        elif name == "redis":
+            self.server = RedisServer(*RedisServer.DURABLE)
+            self.url = self.server.url
+        else:
+            self.server = PostgresServer()
+            self.url = ""
+
+    def __enter__(self) -> Self:
+        if self.server is not None:
+            self.server.__enter__()
+        if not self.url:
+            self.url = self.server.url(self.server.create_database())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.server is not None:
+            self.server.close()
+
+    def ask(self, question: Callable[[Backend], Any]) -> Any:
+        """What an object of our own, on a loop of its own, answers."""
+
+        async def asking() -> Any:
+            backend = connect(self.url)
+            await backend.open()
+            try:
+                return await question(backend)
+            finally:
+                await backend.close()
+
+        return run(asking())
+
+    def rows(self) -> dict[bytes, Row]:
+        """All LIVE rows."""
+
+        async def all_rows(backend: Backend) -> dict[bytes, Row]:
+            found = {}
+            async for handle in backend.handles():
+                row = await backend.load(handle)
+                if row is not None and row.state is State.LIVE:
+                    found[handle] = row
+            return found
+
+        rows: dict[bytes, Row] = self.ask(all_rows)
+        return rows
+
+
+def records(store: SessionStore) -> dict[bytes, Record]:
+    """Everything readable in memory."""
+    memory = store.memory
+    handles = memory.environment.read(lambda txn, tables: [bytes(key) for key, _ in txn.cursor(tables.records)])
+    found = {}
+    for handle in handles:
+        raw = memory.environment.get(handle)
+        record = None if raw is None else memory._seal.open(handle, raw)
+        if record is not None:
+            found[handle] = record
+    return found
+
+
+def wait_for_empty_outbox(store: SessionStore) -> None:
+    wait_for(lambda: store.stats().outbox == 0, "the outbox is empty")
+
+
+def check_equal(store: SessionStore, kept: Kept) -> int:
+    """The backend has exactly what memory has; returns how many sessions that is."""
+    wait_for_empty_outbox(store)
+    there, here = kept.rows(), records(store)
+    live = {
+        handle: record
+        for handle, record in here.items()
+        if record.header.flags & STORABLE and not record.header.flags & TOMBSTONE
+    }
+    rows = Rows()
+    for handle, record in live.items():
+        header, data = rows.session_in(there[handle])
+        assert header == record.header._replace(key_id=header.key_id, dirty_seq=0)
+        assert data == record.data
+    assert set(there) - set(live) == set(), "what memory knows nothing of, or knows to be dead, is alive behind it"
+    return len(live)
+
+
+class Watch:
+    """Looks at rows again and again: none may ever go back."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self._stop = threading.Event()
+        self.seen: dict[bytes, tuple[bool, int, int]] = {}
+        self.looks = 0
+        self.backwards: list[str] = []
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        async def look(backend: Backend) -> None:
+            handles = [handle async for handle in backend.handles()]
+            for handle in {*handles, *list(self.seen)[-200:]}:
+                row = await backend.load(handle)
+                if row is not None and handle != SENTINEL:
+                    self._note(row)
+
+        while not self._stop.is_set():
+            with contextlib.suppress(Exception):  # the database is down: that is what the test is about
+                self._kept.ask(look)
+                self.looks += 1
+            self._stop.wait(0.2)
+
+    def _note(self, row: Row) -> None:
+        now, before = (row.state is State.DEAD, row.epoch, row.version), self.seen.get(row.handle)
+        if before is not None and (before[0], *(before[1:] if not now[0] else now[1:])) > now:
+            self.backwards.append(f"{row.handle.hex()}: {before} → {now}")
+        self.seen[row.handle] = now
+
+    def __enter__(self) -> Self:
+        if self._kept.name == "sqlite":
+            watch_sqlite(self._kept.file)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def watch_sqlite(file: Path) -> None:
+    """A trigger that refuses every step back."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute(
+            "CREATE TRIGGER no_step_back BEFORE UPDATE OF state, epoch, version ON shmsession "
+            "WHEN (OLD.state = 3 AND NEW.state != 3) OR (NEW.state != 3 AND (NEW.epoch, NEW.version) < "
+            "(OLD.epoch, OLD.version)) BEGIN SELECT raise(ABORT, 'a row went back'); END"
+        )
+
+
+def lease_holder(store: SessionStore) -> int:
+    """The pid of the flusher, 0 for none."""
+    found = Lease(store.memory.environment, store.clock).holder()
+    return found[1] if found else 0

@@ -1,0 +1,85 @@
+"""The doorbell is a hint: with it a flush begins at once, without it, or with one that nobody hears, only later."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shmsession.memory import doorbell
+from shmsession.memory.doorbell import Doorbell
+from tests.kept import Kept, check_equal
+from tests.servers import GTHREAD, SYNC, Kind, Serve, wait_for
+
+pytest_plugins = ["tests.hosts"]
+
+GEVENT = Kind("gevent", "wsgi", ("-k", "gevent"))
+
+
+@pytest.fixture
+def bell(tmp_path: Path) -> "Doorbell":
+    return Doorbell(tmp_path)
+
+
+def test_a_ring_of_another_process_is_heard_once(bell: Doorbell, tmp_path: Path) -> None:
+    code = (
+        f"from shmsession.memory.doorbell import Doorbell; from pathlib import Path; Doorbell(Path({str(tmp_path)!r}))"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", f"{code}.ring()"], check=True)
+    assert bell.wait(30)
+    assert not bell.wait(0.01), "rings that nobody waited for are one ring"
+    bell.remove()
+
+
+def test_a_bell_that_was_removed_is_replaced_by_whoever_comes_next(bell: Doorbell) -> None:
+    bell.ring()
+    bell.remove()
+    assert not bell.wait(0.01)
+    bell.ring()
+    assert bell.wait(30)
+    bell.remove()
+    bell.remove()
+
+
+def test_a_system_without_semaphores_has_no_bell_and_nothing_fails(
+    bell: Doorbell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorbell, "posix_ipc", None)
+    assert not bell.works
+    bell.ring()
+    bell.remove()
+
+
+def test_a_bell_that_cannot_be_opened_is_not_heard_and_nothing_fails(
+    bell: Doorbell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("posix_ipc.Semaphore", closed)
+    bell.ring()
+    assert not bell.wait(0.01)
+
+
+@pytest.mark.parametrize("kind", [SYNC, GTHREAD, GEVENT], ids=str)
+@pytest.mark.parametrize("has_bell", [True, False], ids=["bell", "no_bell"])
+def test_sessions_reach_the_backend_under_every_worker_with_a_bell_or_without(
+    serve: Serve, place: Path, kind: Kind, has_bell: bool
+) -> None:
+    env = {}
+    if not has_bell:
+        (place / "without").mkdir()
+        (place / "without" / "posix_ipc.py").write_text("raise ImportError('not for this platform')\n")
+        env["PYTHONPATH"] = str(place / "without")
+    with Kept("sqlite", place) as kept:
+        server = serve(kind, env={"SHMSESSION_BACKEND": kept.url, **env})
+        server.wait_for_all()  # a gevent worker that is told to end while it boots may miss it
+        browsers = [server.browser() for _ in range(5)]
+        for number, browser in enumerate(browsers):
+            assert browser.post(f"/login/u{number}").status == 200
+            assert browser.get("/hit").json["hits"] == 1
+        assert browsers[0].post("/logout").status == 200
+        store = server.store()
+        wait_for(lambda: store.stats().outbox == 0, "all is flushed")
+        assert check_equal(store, kept) == 4

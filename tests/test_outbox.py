@@ -1,0 +1,252 @@
+"""The outbox: what waits for the backend, in which order, and what takes it out or puts it back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shmsession.memory.outbox import CHUNK, Dirty
+from shmsession.memory.room import QUIET_MS
+from shmsession.memory.store import Missing
+from shmsession.memory.tables import Tables, Txn, sequence_key
+from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
+from tests.backends import Host, run, sets
+from tests.memory import HOUR, check_tables, handle, header_of, put_raw, waiting
+
+A, B, C = handle(1), handle(2), handle(3)
+
+
+@pytest.fixture
+def host(place: Path) -> Iterator[Host]:
+    with Host(place) as host:
+        yield host
+        check_tables(host.memory)
+
+
+def test_its_length_and_age(host: Host) -> None:
+    """The age is that of the oldest commit that waits, also of a session that is committed again and again."""
+    outbox = host.memory.outbox
+    assert (len(outbox), outbox.age()) == (0, 0)
+    host.create(A)
+    host.clock.advance(3)
+    host.update(A, v=1)
+    host.create(B)
+    assert (len(outbox), outbox.age()) == (2, 3000)
+    host.clock.step(-10)
+    assert outbox.age() == 0
+    host.clock.step(10)
+    run(host.flusher().round())
+    assert (len(outbox), outbox.age()) == (0, 0)
+
+
+def test_the_oldest_come_first(host: Host) -> None:
+    for key in (C, A, B):
+        host.create(key)
+    host.update(C, v=1)
+    assert [dirty.handle for dirty in host.memory.outbox.oldest(2)] == [C, A]
+    assert [dirty.record for dirty in host.memory.outbox.oldest(9)] == [host.load(key) for key in (C, A, B)]
+
+
+def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:
+    """Only damage leaves one: nobody waits for it for ever."""
+    host.create(A)
+
+    def work(txn: Txn, tables: Tables) -> None:
+        for number, key in ((5, B), (6, A)):
+            txn.put(sequence_key(number), key, db=tables.outbox)
+
+    host.memory.environment.write(work)
+    assert len(host.memory.outbox) == 3
+    assert [dirty.handle for dirty in host.memory.outbox.oldest(10)] == [A]
+    assert waiting(host.memory) == [A]
+
+
+def test_a_corrupt_record_is_not_sent_and_stops_nobody(host: Host) -> None:
+    host.create(A)
+    host.create(B)
+    raw = host.memory.environment.get(A)
+    assert raw is not None
+    put_raw(host.memory, A, raw[:-1] + bytes([raw[-1] ^ 1]))
+    run(host.flusher().round())
+    assert set(host.backend.sessions()) == {B}
+    assert waiting(host.memory) == []
+    assert host.load(A) is Missing.UNKNOWN
+    host.memory.environment.write(lambda txn, tables: txn.delete(A, db=tables.records))
+    host.memory.environment.write(lambda txn, tables: _drop_rows_of(txn, tables, A))
+
+
+def _drop_rows_of(txn: Txn, tables: Tables, key: bytes) -> None:
+    for row in [bytes(row) for row in txn.cursor(tables.expiry).iternext(values=False)]:
+        if row.endswith(key):
+            txn.delete(row, db=tables.expiry)
+
+
+def test_only_what_must_be_heard_of_waits(host: Host) -> None:
+    """What no backend has or may have is none of its business: a memory-only session, and its death."""
+    assert host.memory.create(A, sets(v=1)._replace(storable=False), host.clock.now())
+    host.update(A, v=2)
+    host.destroy(A)
+    assert waiting(host.memory) == []
+    host.create(B)
+    host.change(B, Changes(storable=False))
+    assert waiting(host.memory) == [B]
+    host.destroy(B)
+    assert waiting(host.memory) == [B]
+
+
+def test_dead_wins_over_whatever_was_committed(host: Host) -> None:
+    """`obey`: the record becomes a tombstone that does not wait; what is dead or unknown already stays what it is."""
+    host.create(A)
+    host.update(A, v=1)
+    host.memory.outbox.obey(A)
+    assert host.load(A) is Missing.DEAD
+    assert waiting(host.memory) == []
+    tombstone = header_of(host.memory, A)
+    host.memory.outbox.obey(A)
+    host.memory.outbox.obey(B)
+    assert header_of(host.memory, A) == tombstone
+    assert host.memory.environment.get(B) is None
+    host.create(C)
+    host.destroy(C)
+    host.memory.outbox.obey(C)
+    assert waiting(host.memory) == []
+    assert host.load(C) is Missing.DEAD
+
+
+@pytest.mark.parametrize(("by", "expected"), [((0, 5), (0, 6)), ((7, 1), (7, 2)), ((0, 1), (0, 1)), ((-1, 9), (0, 1))])
+def test_a_newer_row_is_outnumbered_and_only_a_newer_one(
+    host: Host, by: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """Nothing of the data or the place in the outbox changes."""
+    record = host.create(A, v=1)
+    epoch = record.header.epoch
+    host.memory.outbox.outnumber(A, epoch + by[0], by[1])
+    found = host.load(A)
+    assert isinstance(found, Record)
+    assert (found.header.epoch - epoch, found.header.version) == expected
+    assert found.data == record.data
+    assert found.header.dirty_seq == record.header.dirty_seq
+
+
+def test_what_does_not_wait_is_not_outnumbered(host: Host) -> None:
+    """It was acknowledged meanwhile: there is nothing to send above anything."""
+    host.create(A, v=1)
+    host.flush()
+    before = host.load(A)
+    assert isinstance(before, Record)
+    host.memory.outbox.outnumber(A, before.header.epoch, before.header.version)
+    assert host.load(A) == before
+
+
+def test_more_than_a_chunk_is_put_back_whole(host: Host) -> None:
+    """Every record that a backend should have, tombstones too, and no other."""
+    numbers = range(1, 3 * CHUNK + 2)
+    for n in numbers:
+        host.create(handle(n))
+    host.memory.create(handle(900), sets(v=1)._replace(storable=False), host.clock.now())
+    host.destroy(B)
+    host.flush()
+    host.backend.forget()
+    host.flush(host.flusher())
+    assert set(host.backend.sessions()) == {handle(n) for n in numbers}
+    host.agrees()
+
+
+def test_idle_ones_leave_memory_when_the_backend_has_them(host: Host) -> None:
+    """Not what waits, not what is memory only, not what was used lately, no tombstone."""
+    for n in range(1, 2 * CHUNK):
+        host.create(handle(n))
+    memory_only, dirty, recent, dead, looked = (handle(500 + n) for n in range(5))
+    host.memory.create(memory_only, sets(v=1)._replace(storable=False), host.clock.now())
+    for key in (dirty, dead, looked):
+        host.create(key)
+    host.destroy(dead)
+    host.flush()
+    host.clock.advance(hours=0.9)
+    host.change(looked, Changes(touch=True))
+    host.flush()
+    host.clock.advance(hours=0.05)
+    host.create(recent)
+    host.flush()
+    host.clock.advance(QUIET_MS / 1000)
+    host.update(dirty, v=2)
+    kept = {memory_only, dirty, recent, dead, looked}
+    gone, after = 0, b""
+    while True:
+        more, after = host.memory.outbox.retire(host.clock.now(), int(HOUR * 0.9), after)
+        gone += more
+        if not after:
+            break
+    assert gone == 2 * CHUNK - 1
+    assert {bytes(key) for key in check_tables(host.memory).records} == kept
+    assert isinstance(host.read_through(A), Record)
+
+
+def test_what_changed_within_a_minute_stays(host: Host) -> None:
+    """An answer that is on its way must still meet it."""
+    host.create(A)
+    host.flush()
+    changed = host.load(A)
+    assert isinstance(changed, Record)
+    host.clock.advance((changed.header.changed + QUIET_MS - 1 - host.clock.boot()) / 1000)
+    assert host.memory.outbox.retire(host.clock.now(), 0, b"")[0] == 0
+    host.clock.advance(0.001)
+    assert host.memory.outbox.retire(host.clock.now(), 0, b"")[0] == 1
+
+
+def test_a_crowd_is_evicted_only_from_what_the_backend_has(host: Host) -> None:
+    host.create(A)
+    host.create(B)
+    host.flush()
+    host.clock.advance(2 * QUIET_MS / 1000)
+    host.update(B, v=1)
+    host.clock.advance(2 * QUIET_MS / 1000)
+    host.memory.evict(10)
+    assert host.load(A) is Missing.UNKNOWN
+    assert waiting(host.memory) == [B]
+    assert isinstance(host.load(B), Record)
+
+
+def test_what_expires_while_it_waits_becomes_a_tombstone_that_waits(host: Host) -> None:
+    """It keeps its place; swept again and again, it is there until the backend has acknowledged it."""
+    host.create(A)
+    host.clock.advance(hours=2)
+    for _ in range(4):
+        host.memory.sweep(host.clock.now())
+        header = header_of(host.memory, A)
+        assert header is not None
+        assert header.flags & TOMBSTONE
+        assert header.flags & STORABLE
+        assert waiting(host.memory) == [A]
+        host.clock.advance(2 * QUIET_MS / 1000)
+    host.flush()
+    host.clock.advance(2 * QUIET_MS / 1000)
+    host.memory.sweep(host.clock.now())
+    assert host.memory.environment.get(A) is None
+
+
+def test_an_acknowledgement_names_the_very_bytes_that_were_sent(host: Host) -> None:
+    """Another version, or the same one put back since, is not crossed off by it."""
+    host.create(A)
+    (sent,) = host.memory.outbox.oldest(1)
+    assert sent == Dirty(A, host.load(A))  # type: ignore[arg-type]
+    host.update(A, v=1)
+    run(_answer(host, sent))
+    assert waiting(host.memory) == [A]
+
+
+async def _answer(host: Host, sent: Dirty) -> None:
+    row = host.rows.row_of(sent)
+    (answer,) = await host.backend.write([row])
+    assert answer.applied
+    flusher = host.flusher()
+    flusher._outbox.outnumber(A, row.epoch, row.version - 1)
+
+
+def test_notes_are_kept_with_the_store(host: Host, place: Path) -> None:
+    assert host.memory.outbox.note(b"beat") == 0
+    host.flush()
+    beat = host.memory.outbox.note(b"beat")
+    assert beat > 0
+    host.memory.environment.close()
+    assert host.memory.outbox.note(b"beat") == beat

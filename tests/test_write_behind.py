@@ -1,0 +1,939 @@
+"""Memory, flusher, backend and clock together: what ended stays dead, what was committed is lost nowhere, no row goes
+backwards. Each way it could go wrong by name, and then a great many at random."""
+
+import contextlib
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmsession.backends.base import SENTINEL, Row, State
+from shmsession.errors import BackendError, ShmSessionError
+from shmsession.flusher import HEARTBEAT_MS, Flusher
+from shmsession.keyring import Key, Keyring
+from shmsession.memory.room import QUIET_MS
+from shmsession.memory.store import STALE_FILL_MS, Missing
+from shmsession.memory.tables import Tables, Txn, sequence_key
+from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
+from tests.backends import (
+    ADA,
+    AFTER,
+    BEFORE,
+    HALF,
+    Answered,
+    Host,
+    MemoryBackend,
+    Running,
+    differing,
+    run,
+    sets,
+    values_in,
+)
+from tests.figures import SEED, report, rng, size
+from tests.memory import HOUR, handle, header_of, waiting
+
+A, B, C = handle(1), handle(2), handle(3)
+
+
+@pytest.fixture
+def host(place: Path) -> Iterator[Host]:
+    with Host(place) as host:
+        yield host
+
+
+def lose_memory(host: Host) -> Host:
+    """The machine starts anew: memory is empty, its numbers begin again; the backend has what it has."""
+    host.close()
+    shutil.rmtree(host.directory / "test")
+    return Host(host.directory, host.backend, host.clock)
+
+
+def forget_in_memory(host: Host) -> None:
+    """All that may be forgotten or evicted is: tombstones that the backend knows, sessions that it has."""
+    host.clock.advance(2 * QUIET_MS / 1000)
+    while host.memory.sweep(host.clock.now(), 100):
+        pass
+    host.memory.sweep(host.clock.now(), 100)
+    after, ended = b"", False
+    while not ended:
+        _, after = host.memory.outbox.retire(host.clock.now(), 1, after)
+        ended = not after
+
+
+def is_gone(host: Host, key: bytes) -> bool:
+    """Whether a request with this cookie finds no session, in memory or behind it."""
+    return isinstance(host.read_through(key), Missing)
+
+
+# ── dead stays dead, across the database ──────────────────────────────────────────────────────────────────────
+
+
+def test_an_upsert_that_arrives_after_the_death_is_refused(host: Host) -> None:
+    """A batch was captured, the session destroyed, and the death stored before the batch arrives."""
+    host.create(A, v=1)
+    host.flush()
+    host.update(A, v=2)
+    late = host.sending(A)
+    host.destroy(A)
+    host.flush()
+    forget_in_memory(host)
+    assert host.load(A) is Missing.UNKNOWN
+    late.finish()
+    assert host.backend.state(A) is State.DEAD
+    assert is_gone(host, A)
+    host.flush()
+    assert is_gone(host, A)
+    again = lose_memory(host)
+    assert is_gone(again, A)
+    again.close()
+
+
+def test_an_upsert_that_arrives_before_the_death_is_followed_by_it(host: Host) -> None:
+    """The other order: the upsert is stored and acknowledged late, and must not cross the death off."""
+    host.create(A, v=1)
+    late = host.sending(A)
+    host.destroy(A)
+    late.finish()
+    assert host.backend.state(A) is State.LIVE
+    assert waiting(host.memory) == [A]
+    assert is_gone(host, A)
+    host.flush()
+    assert host.backend.state(A) is State.DEAD
+
+
+@pytest.mark.parametrize("seconds", [0, 29, 31, 70])
+def test_an_answer_that_comes_late_does_not_revive(host: Host, seconds: float) -> None:
+    """A request asked for a session that memory lacks; before the answer comes it is read, destroyed, and perhaps
+    forgotten: it stays dead."""
+    host.create(A, v=1)
+    host.flush()
+    forget_in_memory(host)
+    assert host.load(A) is Missing.UNKNOWN
+    slow = host.miss(A)
+    assert values_in(host.miss(A).arrives()) == {"v": 1}
+    host.destroy(A)
+    host.flush()
+    host.clock.advance(seconds)
+    forget_at_once(host)
+    assert not isinstance(slow.arrives(), Record)
+    assert is_gone(host, A)
+
+
+def forget_at_once(host: Host) -> None:
+    host.memory.sweep(host.clock.now(), 100)
+    host.memory.outbox.retire(host.clock.now(), 1, b"")
+
+
+def test_an_answer_that_comes_late_does_not_undo_a_commit(host: Host) -> None:
+    """The same with a newer version in the place of the death: also when that was flushed and evicted meanwhile."""
+    host.create(A, v=1)
+    host.flush()
+    forget_in_memory(host)
+    slow, slower = host.miss(A), host.miss(A)
+    host.miss(A).arrives()
+    host.update(A, v=2)
+    host.flush()
+    assert values_in(slow.arrives()) == {"v": 2}
+    host.clock.advance((STALE_FILL_MS + QUIET_MS) / 1000)
+    forget_at_once(host)
+    assert host.load(A) is Missing.UNKNOWN
+    assert slower.arrives() is None
+    assert values_in(host.read_through(A)) == {"v": 2}
+
+
+def test_what_expires_while_it_waits_dies_in_the_backend_too(host: Host) -> None:
+    """Its last commit was never sent; the backend has an older one, whose end may be later."""
+    host.create(A, v=1)
+    host.change(A, Changes(longterm=True))
+    host.flush()
+    host.change(A, Changes(longterm=False))
+    host.clock.advance(hours=1, seconds=1)
+    assert host.load(A) is Missing.EXPIRED
+    while host.memory.sweep(host.clock.now(), 100):
+        pass
+    assert is_gone(host, A)
+    assert waiting(host.memory) == [A]
+    again = host.flusher()
+    host.flush(again)
+    assert host.backend.state(A) is State.DEAD
+    forget_in_memory(host)
+    assert is_gone(host, A)
+
+
+def test_shortening_a_life_never_shortens_the_horizon(host: Host) -> None:
+    """Sixty days were promised once: for sixty days the backend must be able to refuse that promise's late upsert."""
+    host.create(A, v=1)
+    host.change(A, Changes(longterm=True))
+    longest = host.load(A)
+    assert isinstance(longest, Record)
+    late = host.sending(A)
+    host.change(A, Changes(longterm=False))
+    host.flush()
+    assert host.backend.rows[A].horizon == longest.header.horizon
+    host.destroy(A)
+    host.flush()
+    assert host.backend.rows[A].horizon == longest.header.horizon
+    forget_in_memory(host)
+    host.clock.advance(hours=20)
+    run(host.backend.sweep(host.clock.now(), 100))
+    late.finish()
+    assert host.backend.state(A) is State.DEAD
+    assert is_gone(host, A)
+
+
+def test_dead_stays_dead_when_memory_is_lost_and_numbers_begin_again(host: Host) -> None:
+    """The new incarnation's numbers may be lower than the old one's late upsert: that is refused all the same."""
+    host.create(A, v=1)
+    for n in range(20):
+        host.update(A, v=n)
+    late = host.sending(A)
+    host.destroy(A)
+    host.flush()
+    host.clock.step(-3600)
+    again = lose_memory(host)
+    assert is_gone(again, A)
+    run(again.backend.write(late_rows(late, host)))
+    assert is_gone(again, A)
+    again.flush()
+    assert is_gone(again, A)
+    again.close()
+
+
+def late_rows(stopped: Running[int], host: Host) -> list[Row]:
+    """What a process that has died had already given to the network."""
+    stopped.abandon()
+    return list(host.backend.asked)
+
+
+def test_a_renewed_session_is_never_alive_twice(place: Path) -> None:
+    """At each pause of the round that carries a renewal to the backend the machine dies with its memory: then the old
+    id is dead, or the new one unknown. The same with an error in the place of death, before and after the fact."""
+    for moment in range(14):
+        for how in ("", BEFORE, AFTER, HALF):
+            directory = place / f"{moment}{how}"
+            directory.mkdir(mode=0o700)
+            host = Host(directory)
+            old, new = handle(9), handle(1)
+            host.create(old, v=1)
+            host.flush()
+            host.update(old, v=2)
+            host.renew(old, new)
+            host.backend.watch = lambda *_: never_both(host, old, new)  # noqa: B023
+            going = Running(host.flusher().round())
+            if how:
+                host.backend.fail("write", how, times=2)
+            try:
+                for _ in range(moment):
+                    if not going.done:
+                        going.step()
+            except BackendError:
+                pass
+            going.abandon()
+            host.backend.heal()
+            dead = host.backend.state(old) is State.DEAD
+            again = lose_memory(host)
+            assert not dead or is_gone(again, old)
+            assert is_gone(again, old) or is_gone(again, new)
+            again.flush()
+            assert is_gone(again, old) or is_gone(again, new)
+            again.close()
+
+
+def never_both(host: Host, old: bytes, new: bytes) -> None:
+    assert not (host.backend.state(old) is State.LIVE and host.backend.state(new) is State.LIVE), "both are alive"
+
+
+def test_a_renewed_session_is_never_alive_twice_when_the_backend_falls_back(host: Host) -> None:
+    """It goes back to a snapshot in which the old id lives, and all is sent again, in more than one batch."""
+    for old, new, first in ((handle(4000), handle(1), 10), (handle(2), handle(4001), 2000)):
+        host.create(old, v=1)
+        host.flush()
+        snapshot = host.backend.snapshot()
+        host.renew(old, new)
+        for n in range(first, first + 900):
+            host.memory.create(handle(n), sets(v=1), host.clock.now())
+        host.flush()
+        host.backend.restore(snapshot)
+        host.backend.watch = lambda *_: never_both(host, old, new)  # noqa: B023
+        host.flush(host.flusher())
+        host.agrees()
+        host.backend.watch = None
+        host.destroy(new)
+        host.flush()
+        forget_in_memory(host)
+
+
+@pytest.mark.parametrize("since", ["updated", "destroyed", "renewed", "erased"])
+def test_a_flusher_that_was_stopped_and_goes_on_does_no_harm(host: Host, since: str) -> None:
+    """A zombie: its batch is captured, another flusher takes over, the session goes on, and then the old batch is sent,
+    answered, and what its answers say is done."""
+    host.create(A, v=1)
+    host.flush()
+    host.update(A, v=2)
+    zombie = host.sending(A)
+    match since:
+        case "updated":
+            host.update(A, v=3)
+        case "destroyed":
+            host.destroy(A)
+        case "renewed":
+            host.renew(A, B)
+        case "erased":
+            host.change(A, Changes(storable=False))
+    host.flush()
+    before = host.backend.sessions()
+    zombie.finish()
+    assert host.backend.sessions() == before
+    host.flush()
+    host.agrees()
+    assert host.backend.sessions() == before
+
+
+@pytest.mark.parametrize("since", ["updated", "destroyed", "renewed", "erased"])
+def test_an_acknowledgement_that_comes_late_crosses_off_no_newer_commit(host: Host, since: str) -> None:
+    """The zombie's batch was stored, and its answer read only after the session went on."""
+    host.create(A, v=1)
+    zombie = host.sending(A).until("write!")
+    match since:
+        case "updated":
+            host.update(A, v=3)
+        case "destroyed":
+            host.destroy(A)
+        case "renewed":
+            host.renew(A, B)
+        case "erased":
+            host.change(A, Changes(storable=False))
+    zombie.finish()
+    assert A in waiting(host.memory)
+    host.flush()
+    host.agrees()
+
+
+@pytest.mark.parametrize("how", [BEFORE, AFTER, HALF])
+def test_a_session_is_dead_at_once_while_the_backend_is_down(host: Host, how: str) -> None:
+    """Destroyed during an outage: nobody finds it, not after any time of waiting, and in the end the backend hears."""
+    host.create(A, v=1)
+    host.flush()
+    host.destroy(A)
+    for _ in range(6):
+        host.backend.fail("write", how)
+        with pytest.raises(BackendError):
+            run(host.flusher().round())
+        host.clock.advance(QUIET_MS / 1000)
+        forget_at_once(host)
+        assert host.load(A) in (Missing.DEAD, Missing.RENEWED)
+    host.flush()
+    assert host.backend.state(A) is State.DEAD
+
+
+def test_dead_in_the_backend_is_dead_here(host: Host) -> None:
+    """Somebody cleared the backend, or another host destroyed it: the next flush brings the news, and the cookie's
+    holder is logged out."""
+    host.login(A, v=1)
+    host.flush()
+    run(host.backend.clear())
+    host.update(A, v=2)
+    host.flush()
+    assert host.load(A) is Missing.DEAD
+    header = header_of(host.memory, A)
+    assert header is not None
+    assert header.flags & TOMBSTONE
+    assert not header.dirty_seq
+    base = host.memory.load(A, host.clock.now())
+    assert base is Missing.DEAD
+    forget_in_memory(host)
+    assert is_gone(host, A)
+
+
+def test_a_generation_sends_what_it_has_the_key_for(place: Path) -> None:
+    """USR2: the old generation lacks the new Key. What that sealed it leaves alone, however much of it waits in front
+    of its own, and the new generation sends it."""
+    old, new = Key(bytes(range(32))), Key(bytes(range(1, 33)))
+    backend = MemoryBackend()
+    with (
+        Host(place, backend, keyring=Keyring([old])) as before,
+        Host(place, backend, before.clock, keyring=Keyring([old, new])) as after,
+    ):
+        before.create(A, v="old")
+        for n in range(10, 700):
+            after.create(handle(n), v="new")
+        before.create(B, v="old")
+        flusher = before.flusher()
+        for _ in range(3):
+            run(flusher.round())
+        assert set(backend.sessions()) == {A, B}
+        assert len(waiting(after.memory)) == 690
+        after.flush()
+        assert len(backend.sessions()) == 692
+        after.update(handle(10), v="newer")
+        run(before.flusher().round())
+        assert waiting(after.memory) == [handle(10)]
+        after.flush()
+        after.agrees()
+
+
+def test_an_acknowledgement_leaves_a_record_under_its_key(place: Path) -> None:
+    """The new generation flushes what the old one commits: the old one goes on reading its sessions."""
+    old, new = Key(bytes(range(32))), Key(bytes(range(1, 33)))
+    backend = MemoryBackend()
+    with (
+        Host(place, backend, keyring=Keyring([old])) as before,
+        Host(place, backend, before.clock, keyring=Keyring([old, new])) as after,
+    ):
+        before.create(A, v=1)
+        after.flush()
+        assert values_in(before.load(A)) == {"v": 1}
+        backend.forget()
+        after.flush(after.flusher())
+        assert values_in(before.load(A)) == {"v": 1}
+        before.update(A, v=2)
+        after.flush()
+        after.agrees()
+
+
+def test_a_generation_that_lacks_a_key_forgets_nothing_for_the_other(place: Path) -> None:
+    """The backend forgot, and the flusher that notices cannot read half of the records: they are sent again all the
+    same, by one that can."""
+    old, new = Key(bytes(range(32))), Key(bytes(range(1, 33)))
+    backend = MemoryBackend()
+    with (
+        Host(place, backend, keyring=Keyring([old])) as before,
+        Host(place, backend, before.clock, keyring=Keyring([old, new])) as after,
+    ):
+        after.create(A, v="new")
+        before.create(B, v="old")
+        run(before.flusher().round())
+        after.flush()
+        backend.forget()
+        for _ in range(3):
+            run(before.flusher().round())
+        for _ in range(3):
+            after.clock.advance(HEARTBEAT_MS / 1000)
+            run(after.flusher().round())
+        after.flush(after.flusher())
+        after.agrees()
+
+
+def test_set_store_false_erases_and_true_brings_back(host: Host) -> None:
+    """Back and forth, each arrives; while it is off the backend has nothing of it and hears of no commit."""
+    host.create(A, v=1)
+    host.flush()
+    for n in range(3):
+        late = _captured(host, n)
+        host.change(A, Changes(storable=False))
+        host.flush()
+        assert host.backend.state(A) is State.ERASED
+        assert host.backend.rows[A].body == b""
+        host.update(A, v=f"secret {n}")
+        assert waiting(host.memory) == []
+        late.finish()
+        assert host.backend.state(A) is State.ERASED
+        assert run(host.backend.load(A)) is None
+        host.change(A, Changes(storable=True))
+        host.flush()
+        host.agrees()
+        assert host.backend.state(A) is State.LIVE
+
+
+def _captured(host: Host, n: int) -> Running[int]:
+    host.update(A, v=n)
+    return host.sending(A)
+
+
+def test_a_session_that_was_never_storable_is_never_sent(host: Host) -> None:
+    changes = sets(v="secret")._replace(storable=False)
+    assert host.memory.create(A, changes, host.clock.now())
+    host.update(A, v="still")
+    base = host.load(A)
+    assert isinstance(base, Record)
+    host.memory.renew(A, B, base, Changes(), host.clock.now(), ADA, login=True)
+    host.destroy(B)
+    host.flush()
+    assert host.backend.sessions() == {}
+
+
+# ── a great many at random ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+class World:
+    """One host over and over: each schedule has sessions of its own, and begins with an empty memory and backend."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host = Host(directory, map_size=1 << 20)
+        self.environment = self.host.memory.environment
+        self.steps = self.lost_replies = self.amnesias = self.losses = self.fills = 0
+        self.interruptions = 0
+        self._numbers = 1
+        self.interrupt: Callable[[], None] | None = None
+        """What others do between two transactions of a flusher."""
+        self.environment.write = self._interrupted(self.environment.write)  # type: ignore[method-assign]
+        self.environment.read = self._interrupted(self.environment.read)  # type: ignore[method-assign]
+
+    def _interrupted(self, call: Any) -> Any:
+        def called(work: Callable[[Txn, Tables], object]) -> object:
+            interrupt, self.interrupt = self.interrupt, None
+            if interrupt is not None:
+                interrupt()
+                self.interrupt = interrupt
+            return call(work)
+
+        return called
+
+    def close(self) -> None:
+        self.host.close()
+
+    def begin(self) -> None:
+        host = self.host
+        host.clock.advance(1)
+        host.backend.heal()
+        host.backend.rows = {}
+        host.backend.calls.clear()
+        host.backend.sent.clear()
+        host.events.clear()
+        self.empty_memory()
+
+    def empty_memory(self) -> None:
+        """Everything is gone but what makes it a store; it is another incarnation."""
+        epoch = max(self.host.clock.now(), 1)
+        opened = self.environment.open()
+        uuid = self.host.clock.now().to_bytes(8, "big") + self.fresh().to_bytes(8, "big")
+
+        def work(txn: Txn, tables: Tables) -> None:
+            for table in (tables.records, tables.expiry, tables.outbox, tables.users):
+                txn.drop(table, delete=False)
+            for note in (b"beat", b"forgot", b"lease"):
+                txn.delete(note, db=tables.meta)
+            for key in [bytes(key) for key in txn.cursor(tables.meta).iternext(values=False)]:
+                if key not in (b"format", b"uuid", b"size", b"epoch", b"clock", b"check", b"sequence"):
+                    txn.delete(key, db=tables.meta)
+            txn.put(b"epoch", sequence_key(epoch), db=tables.meta)
+            txn.put(b"uuid", uuid, db=tables.meta)
+
+        self.environment.write(work)
+        opened.epoch, opened.uuid = epoch, uuid
+        self.environment.backend_down_until = 0
+
+    def fresh(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+
+class Expected:
+    """What a session holds, by all that was answered."""
+
+    def __init__(self, value: int, *, storable: bool) -> None:
+        self.value = value
+        self.storable = storable
+        self.unsure = False
+        """Memory was lost, or the backend, before the other had it: any answer but a revival will do."""
+        self.best = (0, 0)
+        self.expires = 0
+
+
+class Schedule:
+    """A dozen random steps, told by `story`, and then the end: everything works again, and everything must agree."""
+
+    def __init__(self, world: World, chance: random.Random) -> None:
+        self.world, self.chance, self.host = world, chance, world.host
+        self.story: list[str] = []
+        self.alive: dict[bytes, Expected] = {}
+        self.killed: dict[bytes, str] = {}
+        self.held: dict[bytes, Record] = {}
+        self.flushers: list[Flusher] = [self.host.flusher(), self.host.flusher()]
+        self.rounds: dict[int, Running[int]] = {}
+        self._stepping: int | None = None
+        """The flusher whose code runs."""
+        self.answers: list[tuple[bytes, Answered]] = []
+        self.amnesia = False
+        """The backend forgot something since memory last began."""
+
+    # Steps.
+
+    def run(self, steps: int) -> None:
+        self.world.begin()
+        self.host.backend.watch = self._never_backwards
+        kinds, weights = zip(*_STEPS, strict=True)
+        for _ in range(steps):
+            kind = self.chance.choices(kinds, weights)[0]
+            self.story.append(kind)
+            self.world.steps += 1
+            getattr(self, kind)()
+            self._check_memory()
+        self._end()
+
+    def _never_backwards(self, old: Row | None, new: Row) -> None:
+        if old is None or old.handle == SENTINEL:
+            return
+        if old.state is State.DEAD and new.state is not State.DEAD:
+            raise Violation(f"revived in the backend: {old} became {new}")
+        if new.state is not State.DEAD and (new.epoch, new.version) < (old.epoch, old.version):
+            raise Violation(f"backwards: {old} became {new}")
+        if new.horizon < old.horizon:
+            raise Violation(f"a horizon was shortened: {old} became {new}")
+
+    def _any(self) -> bytes | None:
+        return self.chance.choice(list(self.alive)) if self.alive else None
+
+    def _handle(self) -> bytes:
+        return self.chance.getrandbits(159).to_bytes(20, "big")
+
+    def _current(self) -> tuple[bytes, Expected, Record] | None:
+        """A session that memory has."""
+        key = self._any()
+        if key is None:
+            return None
+        record = self.host.load(key)
+        if not isinstance(record, Record):
+            return None
+        self.held[key] = record
+        return key, self.alive[key], record
+
+    def create(self) -> None:
+        key, storable, value = self._handle(), self.chance.random() < 0.9, self.world.fresh()
+        changes = sets(v=value)._replace(storable=storable, longterm=self.chance.random() < 0.2 or None)
+        if self.chance.random() < 0.3:
+            changes = changes._replace(set={**changes.set, 0: ADA})
+        record = self.host.memory.create(key, changes, self.host.clock.now())
+        assert record is not None
+        self.held[key] = record
+        self.alive[key] = Expected(value, storable=storable)
+        self._saw(key, record)
+
+    def update(self) -> None:
+        """By a request that loaded the session now, or long ago."""
+        value = self.world.fresh()
+        self._change(sets(v=value), value)
+
+    def touch(self) -> None:
+        self._change(Changes(touch=True), None)
+
+    def store(self) -> None:
+        self._change(Changes(storable=self.chance.random() < 0.5), None)
+
+    def longterm(self) -> None:
+        self._change(Changes(longterm=self.chance.random() < 0.5), None)
+
+    def _change(self, changes: Changes, value: int | None) -> None:
+        if self.chance.random() < 0.3 and self.held:
+            key = self.chance.choice(list(self.held))
+            record = self.held[key]
+        elif (current := self._current()) is None:
+            return
+        else:
+            key, _, record = current
+        found = self.host.memory.update(key, record, changes, self.host.clock.now())
+        if not isinstance(found, Record):
+            return
+        self._not_dead(key, "was updated")
+        expected = self.alive[key]
+        if value is not None:
+            expected.value = value
+            expected.unsure = False
+        expected.storable = bool(found.header.flags & STORABLE)
+        self._saw(key, found)
+
+    def destroy(self) -> None:
+        key = self._any()
+        if key is not None:
+            self.host.destroy(key)
+            self._kill(key, "destroyed")
+
+    def renew(self) -> None:
+        current = self._current()
+        if current is None:
+            return
+        old, expected, base = current
+        new, user = self._handle(), self.chance.choice([None, ADA])
+        found = self.host.memory.renew(
+            old,
+            new,
+            base,
+            Changes(),
+            self.host.clock.now(),
+            user,
+            login=user is not None and self.chance.random() < 0.5,
+        )
+        assert isinstance(found, Record)
+        self._kill(old, "renewed")
+        self.alive[new] = Expected(expected.value, storable=expected.storable)
+        self.alive[new].unsure = expected.unsure
+        self.held[new] = found
+        self._saw(new, found)
+
+    def _kill(self, key: bytes, how: str) -> None:
+        self.alive.pop(key, None)
+        self.killed[key] = how
+
+    def sweep(self) -> None:
+        self.host.memory.sweep(self.host.clock.now(), 100)
+
+    def evict(self) -> None:
+        """Room is needed: what the backend has goes; what exists in memory only may go when nobody is logged in."""
+        self.host.memory.evict(64)
+        for key, expected in self.alive.items():
+            if not expected.storable and self.host.load(key) is Missing.UNKNOWN:
+                expected.unsure = True
+        self._evicted()
+
+    def retire(self) -> None:
+        self.host.memory.outbox.retire(self.host.clock.now(), self.chance.choice([1, HOUR // 2]), b"")
+        self._evicted()
+
+    def _evicted(self) -> None:
+        if self.amnesia:
+            for key, expected in self.alive.items():
+                expected.unsure = expected.unsure or self.host.load(key) is Missing.UNKNOWN
+
+    def vacate(self) -> None:
+        """All is sent, and an hour passes in which nobody looks: memory keeps only what it must."""
+        for number in (0, 1):
+            if number in self.rounds:
+                self._advance(number, 200)
+        try:
+            for _ in range(3):
+                run(self.flushers[0].round())
+        except ShmSessionError as error:
+            self.flushers[0]._failed(error)
+        self.host.clock.advance(61)
+        self.sweep()
+        self.host.memory.outbox.retire(self.host.clock.now(), 1, b"")
+        self._evicted()
+
+    def advance(self) -> None:
+        self.host.clock.advance(self.chance.choice([0.1, 1, 5, 31, 61, 61, 130, 1900, 3601]))
+
+    def request(self) -> None:
+        """A cookie comes back: what memory lacks is asked for, and the answer may take its time."""
+        key = self.chance.choice([*self.alive, *self.killed]) if self.alive or self.killed else None
+        if key is None:
+            return
+        found = self.host.load(key)
+        if found is Missing.UNKNOWN:
+            self.answers.append((key, self.host.miss(key)))
+            if self.chance.random() < 0.5:
+                self.answer()
+        elif isinstance(found, Record):
+            self.held[key] = found
+            self._not_dead(key, "was found in memory")
+
+    def answer(self) -> None:
+        if not self.answers:
+            return
+        key, answered = self.answers.pop(self.chance.randrange(len(self.answers)))
+        found = answered.arrives()
+        self.world.fills += 1
+        if isinstance(found, Record):
+            self._not_dead(key, "was loaded")
+            self.held[key] = found
+            self._saw(key, found)
+
+    def go(self) -> None:
+        """A flusher takes some steps of a round."""
+        if self.chance.random() < 0.2:
+            self.host.backend.fail("write", self.chance.choice([BEFORE, AFTER, AFTER, HALF]))
+            self.world.lost_replies += 1
+        number = self.chance.randrange(2)
+        if number not in self.rounds:
+            self.rounds[number] = Running(self.flushers[number].round())
+        self._advance(number, self.chance.choice([1, 2, 3, 5, 8, 50]))
+
+    def _advance(self, number: int, steps: int) -> None:
+        running, world = self.rounds[number], self.world
+        nested, self._stepping = self._stepping is not None, number
+        world.interrupt = None if nested else self._meanwhile
+        try:
+            while steps and not running.done:
+                running.step()
+                steps -= 1
+        except ShmSessionError as error:
+            if "somebody else" not in str(error):
+                self.flushers[number]._failed(error)
+            self.flushers[number]._greeted = None
+        finally:
+            world.interrupt = None
+            self._stepping = 1 - number if nested else None
+        if running.done:
+            self.rounds.pop(number, None)
+
+    def _meanwhile(self) -> None:
+        """Others do something between two transactions of a flusher."""
+        if self.chance.random() >= _MEANWHILE_CHANCE:
+            return
+        kinds, weights = zip(*_MEANWHILE, strict=True)
+        kind = self.chance.choices(kinds, weights)[0]
+        self.story.append(f"({kind})")
+        self.world.interruptions += 1
+        if kind != "other":
+            getattr(self, kind)()
+        elif self._stepping is not None and 1 - self._stepping in self.rounds:
+            self._advance(1 - self._stepping, self.chance.choice([1, 2, 3]))
+
+    def kill(self) -> None:
+        """A flusher's process is killed, and another takes its place."""
+        number = self.chance.randrange(2)
+        if number in self.rounds:
+            self.rounds.pop(number).abandon()
+        self.flushers[number] = self.host.flusher()
+
+    def forget(self) -> None:
+        """The backend loses all, while memory lives."""
+        self.host.backend.forget()
+        self.answers.clear()  # its connections break too
+        self.amnesia = True
+        self.world.amnesias += 1
+        self._evicted()
+
+    def lose(self) -> None:
+        """Memory is lost, with every process of the host; what was on its way to the backend may arrive."""
+        world, host = self.world, self.host
+        saved = self._saved()
+        for running in self.rounds.values():
+            if running.at == "write" and self.chance.random() < 0.5:
+                with contextlib.suppress(ShmSessionError):
+                    running.step()
+            running.abandon()
+        self.rounds.clear()
+        self.answers.clear()
+        self.held.clear()
+        host.clock.advance(1)
+        world.empty_memory()
+        world.losses += 1
+        for key in [key for key in self.killed if host.backend.state(key) is not State.DEAD]:
+            del self.killed[key]  # it was not final yet
+        for key, expected in list(self.alive.items()):
+            expected.best = (0, 0)
+            expected.unsure = expected.unsure or key not in saved
+        self.flushers = [host.flusher(), host.flusher()]
+        self.amnesia = False
+
+    def _saved(self) -> set[bytes]:
+        """The sessions that loss of memory must not touch: the backend has acknowledged them."""
+        saved = set()
+        for key, expected in self.alive.items():
+            header = header_of(self.host.memory, key)
+            if not expected.storable or (header is not None and header.dirty_seq):
+                continue
+            row = self.host.backend.rows.get(key)
+            if not (self.amnesia or expected.unsure or self._ended(key)):
+                self._check_row(key, expected, row)
+            if row is not None:
+                saved.add(key)
+        return saved
+
+    def _check_row(self, key: bytes, expected: Expected, row: Row | None) -> None:
+        if row is None or row.state is not State.LIVE or (row.epoch, row.version) < expected.best:
+            raise Violation(f"acknowledged, but the backend has {row} instead of version {expected.best}")
+
+    # Promises.
+
+    def _not_dead(self, key: bytes, what: str) -> None:
+        if key in self.killed:
+            raise Violation(f"{key.hex()} was {self.killed[key]}, and {what}")
+
+    def _saw(self, key: bytes, record: Record) -> None:
+        expected = self.alive[key]
+        mark = (record.header.epoch, record.header.version)
+        if mark < expected.best and not expected.unsure:
+            raise Violation(f"{key.hex()} went back from {expected.best} to {mark}")
+        expected.best, expected.expires = max(expected.best, mark), record.header.expires
+
+    def _check_memory(self) -> None:
+        for key in self.killed:
+            if isinstance(self.host.load(key), Record):
+                self._not_dead(key, "is alive in memory")
+        for key, expected in self.alive.items():
+            record = self.host.load(key)
+            if isinstance(record, Record):
+                self._saw(key, record)
+                if not expected.unsure and values_in(record) != {"v": expected.value}:
+                    raise Violation(f"{key.hex()} holds {values_in(record)}, not {expected.value}")
+
+    def _end(self) -> None:
+        host = self.host
+        while self.answers:
+            self.answer()
+        for number in (0, 1):
+            if number in self.rounds and self.chance.random() < 0.8:
+                self._advance(number, 200)
+        for running in self.rounds.values():
+            running.abandon()
+        host.backend.heal()
+        survivor = self.chance.choice([*self.flushers, host.flusher()])
+        self._settle(survivor)
+        self._check_memory()
+        differences = differing(host.memory, host.backend, host.rows, host.keyring)
+        if differences:
+            raise Violation("; ".join(differences))
+        host.clock.advance(1)
+        for key, how in self.killed.items():
+            if isinstance(host.read_through(key), Record):
+                raise Violation(f"{key.hex()} was {how}, and is alive")
+        for key, expected in self.alive.items():
+            found = host.read_through(key)
+            if not isinstance(found, Record):
+                if not expected.unsure and not self._ended(key):
+                    raise Violation(f"{key.hex()} is lost: {found}")
+            elif not expected.unsure and values_in(found) != {"v": expected.value}:
+                raise Violation(f"{key.hex()} holds {values_in(found)}, not {expected.value}")
+
+    def _settle(self, flusher: Flusher) -> None:
+        host, calm = self.host, 0
+        for _ in range(40):
+            try:
+                run(flusher.round())
+            except ShmSessionError:
+                flusher._greeted = None
+                continue
+            if not len(host.memory.outbox):
+                host.clock.advance(HEARTBEAT_MS / 1000)
+                calm += 1
+                if calm == 4:
+                    return
+        raise Violation(f"{len(host.memory.outbox)} rows wait for ever")
+
+    def _ended(self, key: bytes) -> bool:
+        return self.host.clock.now() >= self.alive[key].expires
+
+
+_STEPS: list[tuple[str, int]] = [
+    ("create", 6), ("update", 9), ("touch", 2), ("store", 3), ("longterm", 1), ("destroy", 4), ("renew", 4),
+    ("sweep", 3), ("evict", 2), ("retire", 3), ("vacate", 4), ("advance", 6), ("request", 8), ("answer", 3),
+    ("go", 24), ("kill", 2), ("forget", 1), ("lose", 1),
+]  # fmt: skip
+_MEANWHILE: list[tuple[str, int]] = [
+    ("update", 4), ("touch", 1), ("store", 2), ("destroy", 2), ("renew", 3), ("evict", 1), ("other", 6),
+]  # fmt: skip
+_MEANWHILE_CHANCE = 0.06
+
+
+@pytest.mark.soak
+def test_random_schedules_lose_and_revive_nothing(place: Path) -> None:
+    """Requests, two flushers, a failing and forgetting backend, loss of memory and leaps of time in any order: nothing
+    comes back from the dead, nothing is lost, no row goes backwards, and in the end the backend equals memory."""
+    world, schedules = World(place), size(full=1_000_000, suite=10_000)
+    begin = time.monotonic()
+    try:
+        for number in range(schedules):
+            schedule = Schedule(world, rng(f"write-behind {number}"))
+            try:
+                schedule.run(steps=schedule.chance.randrange(8, 17))
+            except Violation as violation:
+                raise AssertionError(
+                    f"SOAK_SEED={SEED}, schedule {number}: {violation}\n{schedule.story}"
+                ) from violation
+    finally:
+        world.close()
+    report(
+        "G3/G5 random schedules", schedules=schedules, steps=world.steps, faults=world.lost_replies,
+        interruptions=world.interruptions, amnesias=world.amnesias, losses=world.losses, fills=world.fills,
+        revived=0, lost=0, backwards=0,
+        per_second=round(schedules / (time.monotonic() - begin)),
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Visitors of the examples who keep account of what they were told, and check it in the end."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tests.servers import Browser, Server, Unanswered
+
+CLIENTS = 8
+KEYS = 8
+
+
+@dataclass
+class Client:
+    """One visitor who keeps account of what was acknowledged and of what was only sent.
+
+    An order tells it to kill the worker that gave the next answer as soon as that has come: what it said must be done.
+    """
+
+    browser: Browser
+    shared: Browser
+    answers: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
+    acknowledged: dict[str, int] = field(default_factory=dict)
+    items: list[str] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)
+    ended: list[dict[str, str]] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)
+    orders: list[object] = field(default_factory=list)
+
+    def run(self, stop: threading.Event) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            self.count(self.browser, "own")
+            self.count(self.shared, "shared")
+            self.assign(number)
+            if number <= 400:
+                self.append(number)
+            if number % 5 == 0:
+                self.log_out()
+
+    def request(self, browser: Browser, method: str, path: str) -> bool:
+        """Whether it was acknowledged."""
+        with contextlib.suppress(Unanswered):
+            answer = browser.request(method, path)
+            if answer.status == 200:
+                self.answers += 1
+                with contextlib.suppress(IndexError, ProcessLookupError):
+                    self.orders.pop()
+                    os.kill(answer.pid, signal.SIGKILL)
+                return True
+            self.trouble.append(f"{path}: {answer.status} {answer.body[:80]!r}")
+        return False
+
+    def count(self, browser: Browser, what: str) -> None:
+        self.sent[what] = self.sent.get(what, 0) + 1
+        self.acknowledged[what] = self.acknowledged.get(what, 0) + self.request(browser, "GET", "/hit")
+
+    def assign(self, number: int) -> None:
+        key = f"k{number % KEYS}"
+        self.sent[key] = number
+        if self.request(self.browser, "POST", f"/set/{key}/{number}"):
+            self.acknowledged[key] = number
+
+    def append(self, number: int) -> None:
+        item = f"i{number}"
+        if self.request(self.browser, "POST", f"/append/{item}"):
+            self.items.append(item)
+        else:
+            self.unsure.add(item)
+
+    def log_out(self) -> None:
+        """Log somebody in and out; an acknowledged logout is for ever."""
+        guest = Browser(self.browser.address)
+        if self.request(guest, "POST", "/login/guest"):
+            cookies = dict(guest.cookies)
+            if self.request(guest, "POST", "/logout"):
+                self.ended.append(cookies)
+
+    def check(self) -> None:
+        """Compare what is stored with the account."""
+        assert self.trouble == []
+        stored = self.browser.get("/session").json
+        assert self.acknowledged["own"] <= stored["hits"] <= self.sent["own"]
+        for number in range(KEYS):
+            key = f"k{number}"
+            if key in self.acknowledged:
+                assert self.acknowledged[key] <= int(stored[key]) <= self.sent[key]
+        cart = stored.get("cart", [])
+        assert [item for item in cart if item not in self.unsure] == self.items
+        assert len(set(cart)) == len(cart)
+        for cookies in self.ended:
+            assert Browser(self.browser.address, cookies).get("/whoami").json["user"] is None
+
+
+@contextlib.contextmanager
+def load(server: Server) -> Iterator[list[Client]]:
+    """Eight clients at work, each on a session of its own and on one of all; checked at the end."""
+    shared = server.browser()
+    shared.post("/create")
+    orders: list[object] = []
+    clients = [Client(server.browser(), server.browser(shared.cookies), orders=orders) for _ in range(CLIENTS)]
+    for client in clients:
+        client.browser.post("/create")
+    stop = threading.Event()
+    threads = [threading.Thread(target=client.run, args=(stop,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    try:
+        yield clients
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for client in clients:
+        client.check()
+    hits = shared.get("/session").json["hits"]
+    acknowledged, sent = (sum(account[what] for account in accounts) for what, accounts in (
+        ("shared", [client.acknowledged for client in clients]), ("shared", [client.sent for client in clients])
+    ))  # fmt: skip
+    assert acknowledged <= hits <= sent
+
+
+def answers(clients: list[Client]) -> int:
+    return sum(client.answers for client in clients)
