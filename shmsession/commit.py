@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from typing import Final, NamedTuple
 
 from .clock import Clock
@@ -39,7 +40,7 @@ UNTOUCHED: Final = Outcome()
 LOOKED: Final = Outcome(vary=True)
 
 
-class Committer:
+class Committer(ABC):
     """Writes what requests did to their sessions. A session store is one that has these parts."""
 
     config: SessionConfig
@@ -49,32 +50,37 @@ class Committer:
     _next_sweep = 0
 
     @property
+    @abstractmethod
     def cookies(self) -> Cookies:
         """Writes the cookie."""
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def keyring(self) -> Keyring:
         """Its newest Key seals records."""
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def memory(self) -> MemoryStore:
         """Where records are."""
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def is_persistent(self) -> bool:
         """Whether a backend keeps sessions beyond this machine's memory."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def refill(self, handle: bytes) -> bool:
         """Whether the backend had a session that left memory while a request held it; then it is there again.
 
         Blocks while the backend is asked, which is rare: nothing leaves within a minute of its last change. Raises
         BackendError.
         """
-        raise NotImplementedError
+        ...
 
     def commit(self, session: Session, *, failed: bool = False) -> Outcome:
         """Write what a request did to its session when its response begins; `failed` drops it.

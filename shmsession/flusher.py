@@ -7,29 +7,24 @@ decides, and a commit is crossed off only if it is still the one that was sent.
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from pathlib import Path
 from typing import Final
 
 from . import _native
-from .backends.base import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State
+from .backends.base import Answer, Backend, Row, State
 from .clock import Clock
-from .errors import BackendError, ShmSessionError, StoreFull
-from .hooks import BackendForgot, Flushed, FlushFailed, Hooks
+from .errors import BackendError, ShmSessionError
+from .hooks import Flushed, FlushFailed, Hooks
 from .lease import BEAT_MS, Lease
 from .memory.doorbell import Doorbell
 from .memory.environment import Environment
-from .memory.outbox import LOSSES, Dirty
+from .memory.outbox import Dirty
 from .memory.store import MemoryStore
 from .record import TOMBSTONE
 from .rows import Rows
+from .sentinel import Neighbour, Overtaken, Recall, Sentinel
 
 logger = logging.getLogger("shmsession")
 
@@ -38,9 +33,6 @@ BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
 """How often the sentinel is written when there is nothing else to send."""
-NEIGHBOUR_MS: Final = 12_000
-"""A sentinel of another store that does not change for so long is that of a dead one."""
-LONG_AGO_MS: Final = 60_000
 SWEEP_MS: Final = 60_000
 SWEEP_LIMIT: Final = 1_000
 SWEEPS: Final = 10
@@ -48,31 +40,6 @@ SWEEPS: Final = 10
 RETIRE_CHUNKS: Final = 4
 PAUSE_SECONDS: Final = 0.05
 """How often the outbox is looked at where nobody can ring, and while somebody waits for it."""
-
-_BEAT: Final = b"beat"
-_RECALLED: Final = b"recalled"
-"""Up to which of these times all was put back."""
-_DEAD, _LIVE, _DONE = range(3)
-_SENTINEL = struct.Struct(">16s16sQ")
-
-
-class _Neighbour(BackendError):
-    """Somebody else writes there. Reading does no harm, so the backend is not taken to be down."""
-
-
-class _Overtaken(_Neighbour):
-    """Somebody else was faster, most likely another flusher of this store."""
-
-
-@dataclass
-class _Recall:
-    """How far putting back has come after one loss. `passed_over`: there were records that only others can read."""
-
-    loss: int = -1
-    step: int = _DONE
-    after: bytes = b""
-    put: int = 0
-    passed_over: bool = False
 
 
 class Flusher:
@@ -95,14 +62,10 @@ class Flusher:
         self._hooks = hooks
         self._interval = interval
         self._memory_lifespan = memory_lifespan
-        self._shared = shared
         self._lease = Lease(memory.environment, clock)
-        self._place = place_of(memory.environment.path)
         self.holds_lease = False
-        self._initialized = False
-        self._greeted: bytes | None = None
-        self._recall = _Recall()
-        self._stranger: tuple[tuple[bytes, int], int] | None = None
+        self._sentinel = Sentinel(memory, backend, clock, shared=shared)
+        self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_contact = 0
         self._failures = 0
         self._next_sweep = 0
@@ -164,16 +127,16 @@ class Flusher:
             while self.holds_lease and await self.round() == BATCH:
                 pass
             await self._keep_house()
-        except _Overtaken:
+        except Overtaken:
             return
-        except _Neighbour as error:
+        except Neighbour as error:
             self._environment.counters.add("flush_errors")
             self._tell(str(error))
         except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._greeted = None
+        self._sentinel.greeted = None
         if not isinstance(error, ShmSessionError) or isinstance(error, BackendError):
             first, most = BACKOFF_MS
             delay = min(most, first << min(self._failures, 16))
@@ -222,8 +185,8 @@ class Flusher:
                 return await self.round()
         except TimeoutError:
             return 0
-        except _Neighbour as error:
-            if not isinstance(error, _Overtaken):
+        except Neighbour as error:
+            if not isinstance(error, Overtaken):
                 self._tell(str(error))
         except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
             self._failed(error)
@@ -231,8 +194,9 @@ class Flusher:
 
     async def round(self) -> int:
         """Send the oldest commits, a batch at most; returns how many. Raises BackendError, StoreError."""
-        await self._greet()
-        await self._put_back()
+        if await self._sentinel.greet():
+            self._last_contact = self._clock.boot()
+        await self._recall.put_back(BATCH)
         waiting = self._outbox.oldest(BATCH)
         dead = [dirty for dirty in waiting if dirty.record.header.flags & TOMBSTONE]
         rest = [dirty for dirty in waiting if not dirty.record.header.flags & TOMBSTONE]
@@ -240,47 +204,27 @@ class Flusher:
         for batch in (dead, rest):
             if batch:
                 await self._send(batch)
-        if not (waiting or self._shared) and self._clock.boot() - self._last_contact >= HEARTBEAT_MS:
+        if not (waiting or self._sentinel.shared) and self._clock.boot() - self._last_contact >= HEARTBEAT_MS:
             await self._send([])
-        return len(waiting) if self._recall.step == _DONE else BATCH
+        return len(waiting) if self._recall.is_done else BATCH
 
     async def _send(self, batch: Sequence[Dirty]) -> None:
-        beat, losses = self._outbox.note(_BEAT) + 1, self._outbox.losses()
-        rows = [self._rows.row_of(dirty) for dirty in batch]
-        sentinel = [] if self._shared else [self._sentinel(beat, FOREVER - 1)]
-        answers = await self._backend.write([*rows, *sentinel])
-        if len(answers) != len(rows) + len(sentinel):
-            raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows) + len(sentinel)}")
+        losses, sentinel = self._outbox.losses(), self._sentinel.next()
+        rows = [*(self._rows.row_of(dirty) for dirty in batch), *sentinel]
+        answers = await self._backend.write(rows)
+        if len(answers) != len(rows):
+            raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
         self._last_contact = self._clock.boot()
         self._failures = 0
         self._told = ""
         self._environment.backend_down_until = 0
-        if not self._shared:
-            self._look_at(answers[-1], beat)
+        if sentinel:
+            self._sentinel.look_at(answers[-1], *sentinel)
         self._take(batch, rows, answers, losses)
         if batch:
             self._environment.counters.add("batches")
             self._environment.counters.add("rows", len(batch))
             self._hooks.emit(Flushed(len(batch)))
-
-    def _sentinel(self, beat: int, horizon: int) -> Row:
-        """`horizon`: FOREVER when we know what stood there, one less when we do not: the later one is kept, so that
-        what was written where nothing stood shows it also to somebody who never saw the answer."""
-        body = _SENTINEL.pack(self._environment.uuid, self._place, self._clock.now())
-        return Row(SENTINEL, State.LIVE, self._environment.epoch, beat, horizon, b"", body)
-
-    def _look_at(self, answer: Answer, beat: int) -> None:
-        """Note it when the backend lost what it had acknowledged, by what its sentinel was before a batch."""
-        before = answer.before
-        if not answer.applied:  # another flusher of this store was faster, or another store has taken over
-            self._greeted = None
-            return
-        if before is None or (before.epoch, before.version) < (self._environment.epoch, beat - 1):
-            self._note_loss()
-        self._outbox.raise_note(_BEAT, beat)
-
-    def _note_loss(self) -> None:
-        self._outbox.raise_note(LOSSES, self._outbox.losses() + 1)
 
     def _take(self, batch: Sequence[Dirty], rows: Sequence[Row], answers: Sequence[Answer], losses: int) -> None:
         """Act on the answer for each row. `losses`: how many were known before they were sent."""
@@ -297,89 +241,6 @@ class Flusher:
         self._outbox.acknowledge(done, losses)
         if unexplained:
             raise BackendError(f"{self._backend.name} refused a row and named nothing that stands in its way")
-
-    # ── whose backend is it, and does it remember? ────────────────────────────────────────────────────────────
-
-    async def _greet(self) -> None:
-        """Once after every failure: look at the sentinel before anything is sent, and put our own in its place."""
-        if self._greeted == self._environment.uuid:
-            return
-        if not self._initialized:
-            await self._backend.initialize()
-            self._initialized = True
-        if self._shared:
-            self._greeted = self._environment.uuid
-            return
-        found = await self._backend.load(SENTINEL)
-        ours = found is not None and self._is_ours(found)
-        if found is not None and not ours and found.epoch >= self._environment.epoch:
-            self._environment.raise_epoch(found.epoch + 1)
-        lost = found is None or not ours or self._is_older(found.mark) or found.horizon < FOREVER
-        if lost:
-            self._note_loss()
-        beat = max(self._outbox.note(_BEAT), 0 if found is None or not ours else found.version) + 1
-        (answer,) = await self._backend.write([self._sentinel(beat, FOREVER if lost else FOREVER - 1)])
-        if not answer.applied or answer.before != (found.mark if found else None):
-            if answer.applied:
-                self._look_at(answer, beat)
-            raise _Overtaken(f"somebody else has just written to {self._backend.name}: looking again")
-        self._outbox.raise_note(_BEAT, beat)
-        self._last_contact = self._clock.boot()
-        self._greeted = self._environment.uuid
-
-    def _is_older(self, sentinel: Mark) -> bool:
-        return (sentinel.epoch, sentinel.version) < (self._environment.epoch, self._outbox.note(_BEAT))
-
-    def _is_ours(self, sentinel: Row) -> bool:
-        """Whether this incarnation wrote it. Raises _Neighbour when another store, that is alive, did."""
-        if len(sentinel.body) != _SENTINEL.size:
-            return False
-        uuid, place, seen = _SENTINEL.unpack(sentinel.body)
-        if uuid == self._environment.uuid:
-            return True
-        if place != self._place and self._may_live((uuid, sentinel.version), seen):
-            raise _Neighbour(
-                f"another store that is alive keeps its sessions in {self._backend.name}: give each store tables of "
-                "its own (table=, prefix=), or set allow_shared=True"
-            )
-        return False
-
-    def _may_live(self, stranger: tuple[bytes, int], seen: int) -> bool:
-        """Whether whoever wrote a sentinel may do it again. What its clock says is believed when it was long ago;
-        otherwise it lives as long as the sentinel changes."""
-        if self._clock.now() - seen >= LONG_AGO_MS:
-            return False
-        boot = self._clock.boot()
-        if self._stranger is None or self._stranger[0] != stranger:
-            self._stranger = (stranger, boot)
-        return boot - self._stranger[1] < NEIGHBOUR_MS
-
-    async def _put_back(self) -> None:
-        """Some of what the backend should have waits again, the dead first: about a batch a round, since it is sent
-        before more fits into a store that is nearly full."""
-        lost = self._outbox.losses()
-        if self._recall.loss != lost:
-            self._recall = _Recall(lost, step=_DONE if lost <= self._outbox.note(_RECALLED) else _DEAD)
-        recall, begin = self._recall, self._recall.put
-        while recall.step != _DONE and recall.put - begin < BATCH:
-            try:
-                count, recall.after, passed_over = self._outbox.put_back(recall.after, dead=recall.step == _DEAD)
-            except StoreFull:
-                return  # sending makes room
-            recall.put += count
-            recall.passed_over = recall.passed_over or passed_over
-            if not recall.after:
-                recall.step += 1
-                if recall.step == _DONE:
-                    self._recalled(recall)
-            await asyncio.sleep(0)
-
-    def _recalled(self, recall: "_Recall") -> None:
-        if not recall.passed_over:  # else somebody who has the Key of what was passed over must do it too
-            self._outbox.raise_note(_RECALLED, recall.loss)
-        if recall.put:
-            logger.warning("%s lacks %s sessions that it had: they are sent again", self._backend.name, recall.put)
-            self._hooks.emit(BackendForgot(recall.put))
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -411,21 +272,6 @@ def is_down(environment: Environment, clock: Clock) -> bool:
     """Whether the backend has just failed, so that nobody asks it. A word from before a restart of the machine ends."""
     boot = clock.boot()
     return boot < environment.backend_down_until <= boot + BACKOFF_MS[1]
-
-
-def place_of(path: Path) -> bytes:
-    """Where a store is, as 16 bytes: the one that comes after it at the same place need not wait for its silence."""
-    digest = blake2b(digest_size=16, person=b"shmsession place")
-    for part in (socket.gethostname().encode(), _machine(), os.fsencode(path.resolve())):
-        digest.update(len(part).to_bytes(4, "big") + part)
-    return digest.digest()
-
-
-def _machine() -> bytes:
-    try:
-        return Path("/etc/machine-id").read_bytes()
-    except OSError:
-        return b""
 
 
 _sleep: Callable[[float], None] = _native.original(time, "sleep")

@@ -1,5 +1,6 @@
 """The working copy of a record: a mapping that knows what was read and changed in it. No store, no HTTP, no I/O."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, Final, Self
 
@@ -60,13 +61,15 @@ class WorkingCopy(MutableMapping[str, Any]):
     _settled = False
 
     @property
+    @abstractmethod
     def max_size(self) -> int:
         """How many bytes the data may take."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def _load(self) -> None:
         """Stand at what there is (`_reset`), once. May raise what a store raises."""
-        raise NotImplementedError
+        ...
 
     def _reset(self, record: Record | None) -> None:
         """Stand at `record` with nothing pending and nothing read."""

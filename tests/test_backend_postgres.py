@@ -455,7 +455,11 @@ async def test_a_read_only_server_is_said_to_be_one_and_left_for_another(
         terminate(postgres)
         assert "target_session_attrs=read-write" in str(await fails(backend.write([live(1)]), BackendError))
         postgres.run(f"ALTER DATABASE {postgres_database} RESET default_transaction_read_only")
-        assert await backend.write([live(1)]) == [Answer(True, None)]
+        answers: list[Answer] = []
+        for _ in range(10):  # connections that were being made while it was read-only may still turn up
+            with contextlib.suppress(BackendError):
+                answers = answers or await backend.write([live(1)])
+        assert answers == [Answer(True, None)]
 
 
 @asynchronous

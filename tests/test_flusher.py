@@ -14,14 +14,13 @@ from shmsession.flusher import (
     BACKOFF_MS,
     BATCH,
     HEARTBEAT_MS,
-    LONG_AGO_MS,
-    NEIGHBOUR_MS,
     SWEEP_LIMIT,
     SWEEP_MS,
     Flusher,
 )
 from shmsession.hooks import BackendForgot, Flushed, FlushFailed
 from shmsession.record import Changes
+from shmsession.sentinel import LONG_AGO_MS, NEIGHBOUR_MS
 from shmsession.testing import ManualClock
 from tests.backends import AFTER, BEFORE, FEWER, HALF, Host, MemoryBackend, Running, run, sets, values_in
 from tests.memory import handle, waiting

@@ -1593,7 +1593,7 @@ class Requests(RuleBasedStateMachine):
     def settle(self, view: View, handle: str | None) -> bool:
         """What a commit does to the model, after which the session has this handle; whether it is gone."""
         emptied = view.cleared and not view.data and view.login is None
-        if emptied and view.loaded and not view.gone:
+        if emptied and view.loaded and view.handle is not None:
             self.end(view)
         if not view.pending:
             return view.gone

@@ -756,7 +756,7 @@ class Schedule:
         except ShmSessionError as error:
             if "somebody else" not in str(error):
                 self.flushers[number]._failed(error)
-            self.flushers[number]._greeted = None
+            self.flushers[number]._sentinel.greeted = None
         finally:
             world.interrupt = None
             self._stepping = 1 - number if nested else None
@@ -890,7 +890,7 @@ class Schedule:
             try:
                 run(flusher.round())
             except ShmSessionError:
-                flusher._greeted = None
+                flusher._sentinel.greeted = None
                 continue
             if not len(host.memory.outbox):
                 host.clock.advance(HEARTBEAT_MS / 1000)

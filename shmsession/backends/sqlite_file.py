@@ -84,7 +84,7 @@ class File:
         """On the thread: what `work` returns. A transaction that it left open is undone."""
         try:
             return work(self._connection(make=make))
-        except BaseException:
+        except BaseException:  # also when it is interrupted; it goes on
             self.close()
             raise
 
@@ -119,7 +119,7 @@ class File:
                 self._write_ahead(db)
             else:
                 self._check(db)
-        except BaseException:
+        except BaseException:  # also when it is interrupted; it goes on
             _close(db)
             raise
         return db
