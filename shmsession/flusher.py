@@ -32,7 +32,7 @@ BATCH: Final = 500
 BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
-"""How often the sentinel is written when there is nothing else to send."""
+"""How often the sentinel is looked at and written anew, whatever else is sent."""
 SWEEP_MS: Final = 60_000
 SWEEP_LIMIT: Final = 1_000
 SWEEPS: Final = 10
@@ -66,7 +66,7 @@ class Flusher:
         self.holds_lease = False
         self._sentinel = Sentinel(memory, backend, clock, shared=shared)
         self._recall = Recall(memory.outbox, backend.name, hooks)
-        self._last_contact = 0
+        self._last_look = 0
         self._failures = 0
         self._next_sweep = 0
         self._next_retire = 0
@@ -194,8 +194,10 @@ class Flusher:
 
     async def round(self) -> int:
         """Send the oldest commits, a batch at most; returns how many. Raises BackendError, StoreError."""
+        if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
+            self._sentinel.greeted = None
         if await self._sentinel.greet():
-            self._last_contact = self._clock.boot()
+            self._last_look = self._clock.boot()
         await self._recall.put_back(BATCH)
         waiting = self._outbox.oldest(BATCH)
         dead = [dirty for dirty in waiting if dirty.record.header.flags & TOMBSTONE]
@@ -204,8 +206,6 @@ class Flusher:
         for batch in (dead, rest):
             if batch:
                 await self._send(batch)
-        if not (waiting or self._sentinel.shared) and self._clock.boot() - self._last_contact >= HEARTBEAT_MS:
-            await self._send([])
         return len(waiting) if self._recall.is_done else BATCH
 
     async def _send(self, batch: Sequence[Dirty]) -> None:
@@ -214,17 +214,15 @@ class Flusher:
         answers = await self._backend.write(rows)
         if len(answers) != len(rows):
             raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
-        self._last_contact = self._clock.boot()
         self._failures = 0
         self._told = ""
         self._environment.backend_down_until = 0
         if sentinel:
             self._sentinel.look_at(answers[-1], *sentinel)
         self._take(batch, rows, answers, losses)
-        if batch:
-            self._environment.counters.add("batches")
-            self._environment.counters.add("rows", len(batch))
-            self._hooks.emit(Flushed(len(batch)))
+        self._environment.counters.add("batches")
+        self._environment.counters.add("rows", len(batch))
+        self._hooks.emit(Flushed(len(batch)))
 
     def _take(self, batch: Sequence[Dirty], rows: Sequence[Row], answers: Sequence[Answer], losses: int) -> None:
         """Act on the answer for each row. `losses`: how many were known before they were sent."""

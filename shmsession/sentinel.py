@@ -53,7 +53,8 @@ class Sentinel:
         self._clock = clock
         self.shared = shared
         self.greeted: bytes | None = None
-        """The incarnation that has looked; None after every failure."""
+        """The incarnation that has looked; None after a failure, and every few seconds: a batch that was on its way
+        when the backend lost everything may have put a sentinel there that is as new as the last."""
         self._initialized = False
         self._place = place_of(memory.environment.path)
         self._stranger: tuple[tuple[bytes, int], int] | None = None
@@ -71,7 +72,7 @@ class Sentinel:
     async def greet(self) -> bool:
         """Look at what is there before anything is sent, and put our own in its place; whether it had to.
 
-        Once, and again after every failure. Raises Neighbour, BackendError, StoreError.
+        Once, and again when `greeted` was taken back. Raises Neighbour, BackendError, StoreError.
         """
         if self.greeted == self._environment.uuid:
             return False
@@ -103,10 +104,12 @@ class Sentinel:
     def look_at(self, answer: Answer, row: Row) -> None:
         """Note it when the backend lost what it had acknowledged, by what our row replaced there."""
         before = answer.before
-        if not answer.applied:  # another flusher of this store was faster, or another store has taken over
+        if before is None or not answer.applied:
+            # All was lost, as the horizon will tell; or another flusher was faster, or another store took over.
             self.greeted = None
+        if not answer.applied:
             return
-        if before is None or (before.epoch, before.version) < (row.epoch, row.version - 1):
+        if before is not None and (before.epoch, before.version) < (row.epoch, row.version - 1):
             self._note_loss()
         self._outbox.raise_note(_BEAT, row.version)
 
@@ -181,7 +184,7 @@ class Recall:
         if not self._passed_over:  # else somebody who has the Key of what was passed over must do it too
             self._outbox.raise_note(_RECALLED, self._loss)
         if self._put:
-            logger.warning("%s lacks %s sessions that it had: they are sent again", self._name, self._put)
+            logger.warning("%s may lack %s sessions: they are sent again", self._name, self._put)
             self._hooks.emit(BackendForgot(self._put))
 
 
