@@ -108,6 +108,7 @@ class MemoryBackend:
         self.sent: list[list[Row]] = []
         self._faults: dict[str, deque[str]] = {}
         self._labelled = labelled
+        self._lives = 0
         self.error: Callable[[str], Exception] = lambda call: BackendUnavailable(f"{call} fails by order")
         self.watch: Callable[[Row | None, Row], object] | None = None
 
@@ -121,9 +122,10 @@ class MemoryBackend:
         """No call fails any more."""
         self._faults.clear()
 
-    def forget(self) -> None:
-        """Lose every row."""
+    def forget(self, *, restart: bool = False) -> None:
+        """Lose every row. `restart`: and every connection, so that no call under way is done or answered any more."""
         self.rows.clear()
+        self._lives += restart
 
     def snapshot(self) -> dict[bytes, Row]:
         return dict(self.rows)
@@ -144,14 +146,17 @@ class MemoryBackend:
 
     async def _called(self, name: str, work: Callable[[str], T]) -> T:
         self.calls.append(name)
+        lives = self._lives
         await pause(name if self._labelled else None)
+        if self._lives != lives:
+            raise self.error(name)
         faults = self._faults.get(name)
         how = faults.popleft() if faults else ""
         if how == BEFORE:
             raise self.error(name)
         result = work(how)
         await pause(f"{name}!" if self._labelled else None)
-        if how in (AFTER, HALF):
+        if how in (AFTER, HALF) or self._lives != lives:
             raise self.error(name)
         return result
 

@@ -784,9 +784,9 @@ class Schedule:
         self.flushers[number] = self.host.flusher()
 
     def forget(self) -> None:
-        """The backend loses all, while memory lives."""
-        self.host.backend.forget()
-        self.answers.clear()  # its connections break too
+        """The backend is started anew without its data, while memory lives; its connections break."""
+        self.host.backend.forget(restart=True)
+        self.answers.clear()
         self.amnesia = True
         self.world.amnesias += 1
         self._evicted()
