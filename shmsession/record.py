@@ -206,8 +206,9 @@ def next_header(
     if last_seen != header.last_seen or flags != header.flags:
         idle = lifetimes.idle_expiry(last_seen, flags)
         horizon = max(horizon, min(idle, header.absolute))
+    newest = epoch if epoch > header.epoch else header.epoch  # noqa: FURB136  # a fifth of max()'s time
     return Header(
-        FORMAT, flags, key_id, max(header.epoch, epoch), header.version + 1, header.dirty_seq, header.created,
+        FORMAT, flags, key_id, newest, header.version + 1, header.dirty_seq, header.created,
         last_seen, idle, header.absolute, horizon, boot, header.user_tag,
     )  # fmt: skip
 

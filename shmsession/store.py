@@ -244,11 +244,12 @@ class SessionStore(Committer):
 
     def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
         """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
-        if isinstance(credential, Resolved):
-            return credential
-        if isinstance(credential, StoreError):
-            raise credential
-        ticket = self._ticket(credential)
+        if self._backend is not None:  # it may have been fetched ahead
+            if isinstance(credential, Resolved):
+                return credential
+            if isinstance(credential, StoreError):
+                raise credential
+        ticket = self._ticket(credential)  # type: ignore[arg-type]
         return ticket if isinstance(ticket, Resolved) else self._find(ticket, self.clock.now())
 
     async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
@@ -280,8 +281,10 @@ class SessionStore(Committer):
         return ticket
 
     def _find(self, ticket: Ticket, now: int) -> Resolved:
+        if self._backend is None:
+            return _resolved(ticket, self.memory.load(ticket.handle, now), now)
         found = self._in_memory(ticket)
-        if found is Missing.UNKNOWN and self._backend is not None:
+        if found is Missing.UNKNOWN:
             try:
                 found = self.behind.load(ticket.handle)
             except BackendError as error:
@@ -291,8 +294,7 @@ class SessionStore(Committer):
     def _in_memory(self, ticket: Ticket) -> Record | Missing:
         memory = self.memory
         found = memory.load(ticket.handle, self.clock.now())
-        if self._backend is not None:
-            memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
+        memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
         return found
 
     def _unread(self, ticket: Ticket, error: BackendError) -> Resolved:

@@ -126,7 +126,7 @@ class WorkingCopy(MutableMapping[str, Any]):
         old = self._data.get(key)
         grows_by = _framed(raw) + (name_size if old is None else -_framed(old))
         size = edits.size + grows_by
-        if size + _MAP_HEADER > self.max_size and grows_by > 0:
+        if grows_by > 0 and size + _MAP_HEADER > self.max_size:
             raise SessionTooLarge(
                 f"session[{key!r}] would make the session {size} bytes, max_size is {self.max_size}: "
                 "store less in it, or raise SessionConfig(max_size=)"
