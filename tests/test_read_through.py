@@ -26,6 +26,7 @@ from shmsession.store import SessionStore
 from shmsession.testing import ManualClock
 from tests.backends import AFTER, BEFORE, HALF, Host, MemoryBackend, values_in
 from tests.memory import HOUR, handle, waiting
+from tests.servers import wait_for
 
 A, B = handle(1), handle(2)
 
@@ -582,13 +583,11 @@ def test_a_flusher_ends_at_once_and_before_its_backend_is_closed(host: Host) -> 
 
 def test_a_backend_that_cannot_be_opened_is_an_error_each_time(host: Host) -> None:
     """And leaves no thread behind."""
-    import threading
-
-    part, before = behind(host), threading.active_count()
+    part, before = behind(host), set(Path("/proc/self/task").iterdir())
     host.backend.fail("open", times=3)
     for _ in range(3):
         with pytest.raises(BackendError):
             part.load(A)
-    assert threading.active_count() == before
+    wait_for(lambda: set(Path("/proc/self/task").iterdir()) <= before, "the threads have ended")
     assert part.load(A) is Missing.UNKNOWN
     part.close()
