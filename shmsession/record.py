@@ -20,6 +20,8 @@ LONGTERM: Final = 2
 AUTHENTICATED: Final = 4
 TOMBSTONE: Final = 8
 RENEWED: Final = 16
+WITHDRAWN: Final = 32
+"""It is storable no more: a backend that forgets that must be told again."""
 
 USER_KEY: Final = 0
 NO_TAG: Final = bytes(8)
@@ -200,6 +202,8 @@ def next_header(
     flags = header.flags
     if changes.storable is not None or changes.longterm is not None:
         flags = _with(_with(flags, STORABLE, changes.storable), LONGTERM, changes.longterm)
+        withdrawn = not flags & STORABLE and bool(header.flags & (STORABLE | WITHDRAWN))
+        flags = _with(flags, WITHDRAWN, withdrawn)
     last_seen, idle, horizon = header.last_seen, header.idle_expiry, header.horizon
     if changes.touch and now > last_seen:
         last_seen = now
@@ -215,7 +219,7 @@ def next_header(
 
 def tombstone(header: Header, now: int, boot: int, keep: int, epoch: int, key_id: bytes, *, renewed: bool) -> Header:
     """The header that says "destroyed" and keeps saying it for at least `keep` milliseconds."""
-    flags = header.flags & STORABLE | TOMBSTONE | (RENEWED if renewed else 0)
+    flags = header.flags & (STORABLE | WITHDRAWN) | TOMBSTONE | (RENEWED if renewed else 0)
     return header._replace(
         format=FORMAT, flags=flags, key_id=key_id, epoch=epoch, version=header.version + 1, last_seen=now,
         idle_expiry=now + keep, absolute=NEVER, changed=boot, user_tag=NO_TAG,

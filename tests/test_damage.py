@@ -366,10 +366,13 @@ def test_with_a_backend_a_rebuild_keeps_what_the_backend_lacks_and_numbers_go_on
         clean = store.load(handle(7), SystemClock().now())
         assert isinstance(clean, Record)
         store.fill(handle(500), clean.header, clean.data, SystemClock().boot())
+        memory_only = Changes(set={"v": encode("memory only", "v")}, storable=False)
+        assert store.create(handle(501), memory_only, SystemClock().now())
         before = store.outbox.rows()
         store.environment._quarantine(store.environment.open(), "a test says so")
         assert store.outbox.rows() == before
         assert value_of(store, handle(500)) is Missing.UNKNOWN
+        assert value_of(store, handle(501)) == "memory only"
         assert value_of(store, handle(50)) is Missing.DEAD
         for number in range(200, 320):
             create(store, handle(number), number)

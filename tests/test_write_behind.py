@@ -444,6 +444,48 @@ def _captured(host: Host, n: int) -> Running[int]:
     return host.sending(A)
 
 
+@pytest.mark.parametrize("since", ["kept", "updated", "renewed", "destroyed", "expired"])
+def test_what_was_withdrawn_stays_so_when_the_backend_falls_back(host: Host, since: str) -> None:
+    """The visitor took back the consent; then an older state of the database is restored, in which the session is."""
+    host.create(A, v="secret")
+    host.flush()
+    snapshot = host.backend.snapshot()
+    host.change(A, Changes(storable=False))
+    host.flush()
+    match since:
+        case "updated":
+            host.update(A, v="still")
+        case "renewed":
+            host.renew(A, B)
+        case "destroyed":
+            host.destroy(A)
+        case "expired":
+            host.clock.advance(hours=1, seconds=1)
+    host.flush()
+    host.backend.restore(snapshot)
+    assert host.backend.state(A) is State.LIVE
+    host.flush(host.flusher())
+    assert host.backend.state(A) is not State.LIVE or since == "expired"
+    assert B not in host.backend.rows
+    again = lose_memory(host)
+    assert is_gone(again, A)
+    again.close()
+
+
+def test_consent_given_again_is_what_the_backend_hears_when_it_falls_back(host: Host) -> None:
+    host.create(A, v=1)
+    host.flush()
+    host.change(A, Changes(storable=False))
+    host.flush()
+    snapshot = host.backend.snapshot()
+    host.change(A, Changes(storable=True))
+    host.flush()
+    host.backend.restore(snapshot)
+    host.flush(host.flusher())
+    host.agrees()
+    assert host.backend.state(A) is State.LIVE
+
+
 def test_a_session_that_was_never_storable_is_never_sent(host: Host) -> None:
     changes = sets(v="secret")._replace(storable=False)
     assert host.memory.create(A, changes, host.clock.now())

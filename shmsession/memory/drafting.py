@@ -6,6 +6,7 @@ from shmsession.record import (
     AUTHENTICATED,
     NO_TAG,
     USER_KEY,
+    WITHDRAWN,
     Changes,
     Data,
     Header,
@@ -55,7 +56,7 @@ class Drafts:
             data[USER_KEY] = user
         touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
         header = next_header(base.header, now, boot, touched, self._lifetimes, epoch, self._seal.key_id)
-        flags = header.flags & ~AUTHENTICATED | (AUTHENTICATED if user is not None else 0)
+        flags = header.flags & ~(AUTHENTICATED | WITHDRAWN) | (AUTHENTICATED if user is not None else 0)
         absolute = self._lifetimes.deadline(now) if login else header.absolute
         header = header._replace(
             flags=flags,

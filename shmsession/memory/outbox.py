@@ -4,7 +4,7 @@ from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
 from shmsession.ids import HANDLE_BYTES
-from shmsession.record import STORABLE, TOMBSTONE, Record
+from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Record
 
 from . import room
 from .environment import Environment
@@ -174,7 +174,8 @@ class Outbox:
                     passed_over = passed_over or raw is not None
                     continue
                 header = record.header
-                if bool(header.flags & TOMBSTONE) == dead and header.flags & STORABLE and not header.dirty_seq:
+                known = header.flags & (STORABLE | WITHDRAWN)
+                if bool(header.flags & TOMBSTONE) == dead and known and not header.dirty_seq:
                     self._writer.dirty_in(txn, tables, handle, record, front=dead)
                     put += 1
             return put, passed_over

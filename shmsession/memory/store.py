@@ -13,7 +13,17 @@ from shmsession.clock import Clock
 from shmsession.errors import StoreFull, Unreadable
 from shmsession.hooks import Event, Evicted, Hooks, Quarantined, RecordCorrupt
 from shmsession.keyring import Keyring
-from shmsession.record import HEADER_BYTES, RENEWED, TOMBSTONE, Changes, Header, Lifetimes, Record, unpack_header
+from shmsession.record import (
+    HEADER_BYTES,
+    RENEWED,
+    STORABLE,
+    TOMBSTONE,
+    Changes,
+    Header,
+    Lifetimes,
+    Record,
+    unpack_header,
+)
 
 from . import registry, room
 from .drafting import Drafts
@@ -360,9 +370,10 @@ class MemoryStore:
     def _judge(self, handle: bytes, raw: bytes) -> Header | None:
         """A salvaged record's header when it is whole and to be kept: all, or with a backend what that lacks."""
         header = self._seal.header(handle, raw)
-        if header is None or (self._backend and not (header.dirty_seq or header.flags & TOMBSTONE)):
+        if header is None:
             return None
-        return header
+        in_backend = self._backend and header.flags & STORABLE and not (header.dirty_seq or header.flags & TOMBSTONE)
+        return None if in_backend else header
 
 
 def _order(header: Header) -> tuple[int, int]:

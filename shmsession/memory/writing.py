@@ -9,7 +9,7 @@ import lmdb
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull
-from shmsession.record import STORABLE, Header, Record
+from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
 
 from . import room
 from .drafting import Drafts
@@ -57,15 +57,17 @@ class Writer:
     def write(self, work: Work[T]) -> T:
         """Run `work`; when there is no room, make some and try again before giving up. Raises StoreFull."""
         attempt: Callable[[Txn, Tables], T] = work
-        for tried in range(MAP_FULL_ATTEMPTS):
+        tried = 0
+        while True:
             try:
                 result = self._environment.write(attempt)
             except StoreFull as error:
-                last = tried == MAP_FULL_ATTEMPTS - 1
+                tried += 1
+                last = tried == MAP_FULL_ATTEMPTS
                 if not last and isinstance(error.__cause__, lmdb.Error) and not self._is_crowded():
                     time.sleep(SNAPSHOT_PAUSE_SECONDS)
                 elif last or not self._make_room():
-                    if tried:
+                    if tried > 1:
                         self._full_since = self._clock.boot()
                     raise
                 else:
@@ -73,7 +75,6 @@ class Writer:
             else:
                 self._tell()
                 return result
-        raise AssertionError("unreachable")  # pragma: no cover
 
     def clean(self, work: Callable[[int, Txn, Tables], int], limit: int) -> int:
         """Deal with up to `limit` records, fewer where the map has no pages left to remove so many at once."""
@@ -171,10 +172,11 @@ class Writer:
     def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record, was: int = 0) -> Record:
         """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet.
 
-        `was`: the flags before. One that is no longer storable must be heard of as well.
+        `was`: the flags before. One that is no longer storable must be heard of as well, and its death.
         """
         header = record.header
-        if not self._backend or header.dirty_seq or not (header.flags | was) & STORABLE:
+        told_of = STORABLE | WITHDRAWN if header.flags & TOMBSTONE else STORABLE
+        if not self._backend or header.dirty_seq or not (header.flags | was) & told_of:
             return record
         sequence = self._next_sequence(txn, tables)
         return self._drafts.reheaded(handle, record, header._replace(dirty_seq=sequence))
