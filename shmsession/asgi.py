@@ -32,6 +32,7 @@ class SessionMiddleware:
     def __init__(self, app: App, store: SessionStore | None = None, *, skip: Rule = (), readonly: Rule = ()) -> None:
         self.app = app
         self.store = store or SessionStore()
+        self._fetches = self.store.is_persistent
         self._skip = matcher(skip)
         self._readonly = matcher(readonly)
 
@@ -50,7 +51,7 @@ class SessionMiddleware:
             return
         readonly = self._readonly is not None and self._readonly(scope["path"])
         credential: Any = partial(_cookie_header, scope["headers"])
-        if self.store.is_persistent:
+        if self._fetches:
             credential = await self.store.prefetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session

@@ -5,7 +5,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Final
 
@@ -173,44 +173,30 @@ class Behind:
                 return False
         return True
 
-    def wait(self, handles: Iterable[bytes], seconds: float) -> bool:
+    def wait(self, handles: tuple[bytes, ...], seconds: float) -> bool:
         """Until the backend has them, for so long at most; whether it has. Blocks this thread."""
-        handles = tuple(handles)
-        if not self._expect(handles):
-            return self.is_clean(handles)
-        end, pause = time.monotonic() + seconds, POLL_SECONDS[0]
-        while not self.is_clean(handles):
-            if self._gives_up(end):
-                return False
+        for pause in self._pauses(handles, seconds):
             time.sleep(pause)
-            pause = min(pause * 2, POLL_SECONDS[1])
-        return True
+        return self.is_clean(handles)
 
-    async def wait_async(self, handles: Iterable[bytes], seconds: float) -> bool:
+    async def wait_async(self, handles: tuple[bytes, ...], seconds: float) -> bool:
         """The same, for code on any event loop."""
-        handles = tuple(handles)
-        if not self._expect(handles):
-            return self.is_clean(handles)
+        for pause in self._pauses(handles, seconds):
+            await asyncio.sleep(pause)
+        return self.is_clean(handles)
+
+    def _pauses(self, handles: tuple[bytes, ...], seconds: float) -> Iterator[float]:
+        """How long to sleep, again and again, until the backend has them or waiting has no point any more."""
+        if self.is_clean(handles):
+            return
+        self._bell.ring()
         end, pause = time.monotonic() + seconds, POLL_SECONDS[0]
         while not self.is_clean(handles):
-            if self._gives_up(end):
-                return False
-            await asyncio.sleep(pause)
+            if is_down(self._environment, self._clock) or time.monotonic() >= end:
+                self._environment.counters.add("late")
+                return
+            yield pause
             pause = min(pause * 2, POLL_SECONDS[1])
-        return True
-
-    def _expect(self, handles: tuple[bytes, ...]) -> bool:
-        """Whether waiting has a point; then the flusher is told."""
-        if self.is_clean(handles):
-            return False
-        self._bell.ring()
-        return True
-
-    def _gives_up(self, end: float) -> bool:
-        if is_down(self._environment, self._clock) or time.monotonic() >= end:
-            self._environment.counters.add("late")
-            return True
-        return False
 
     # ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -47,6 +47,7 @@ class Committer(ABC):
     clock: Clock
     hooks: Hooks
     _touch_interval: int
+    _writes_through: bool
     _next_sweep = 0
 
     @property
@@ -128,11 +129,10 @@ class Committer(ABC):
         return self.cookies.expire() if session.drops_cookie else None
 
     def _commit(self, session: Session, now: int) -> None:
-        touch = self._touch_due(session, now)
         if session.is_emptied and session.raw_handle is not None:
             session.destroy()
             return
-        changes = session.pending(touch=touch)
+        changes = session.pending(touch=self._touch_due(session, now))
         if changes is None:
             return
         if session.readonly:
@@ -147,7 +147,7 @@ class Committer(ABC):
             self._renew(session, session.record, changes, now)
         else:
             self._update(session, session.record, changes, now)
-        if self.config.write == "through" and session.raw_handle is not None and not changes.is_touch:
+        if self._writes_through and session.raw_handle is not None and not changes.is_touch:
             session.through += (session.raw_handle,)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_MS

@@ -92,6 +92,7 @@ class SessionStore(Committer):
         self.hooks = Hooks(hooks)
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
+        self._writes_through = self.config.write == "through"
         self._touch_interval = max(1, milliseconds(self.config.effective_touch_interval))
         self._told_of_scheme = False
         if chosen == "none":
@@ -244,12 +245,11 @@ class SessionStore(Committer):
 
     def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
         """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
-        if self._backend is not None:  # it may have been fetched ahead
-            if isinstance(credential, Resolved):
-                return credential
-            if isinstance(credential, StoreError):
-                raise credential
-        ticket = self._ticket(credential)  # type: ignore[arg-type]
+        if isinstance(credential, Resolved):  # fetched ahead
+            return credential
+        if isinstance(credential, StoreError):
+            raise credential
+        ticket = self._ticket(credential)
         return ticket if isinstance(ticket, Resolved) else self._find(ticket, self.clock.now())
 
     async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
@@ -282,7 +282,8 @@ class SessionStore(Committer):
 
     def _find(self, ticket: Ticket, now: int) -> Resolved:
         if self._backend is None:
-            return _resolved(ticket, self.memory.load(ticket.handle, now), now)
+            memory = self._memory or self.memory  # spares a call
+            return _resolved(ticket, memory.load(ticket.handle, now), now)
         found = self._in_memory(ticket)
         if found is Missing.UNKNOWN:
             try:

@@ -121,10 +121,14 @@ class WorkingCopy(MutableMapping[str, Any]):
         if type(key) is not str:
             raise TypeError(f"session keys are str, not {type(key).__name__}")
         raw = encode(value, key)
-        name_size = _name_size(key)
         edits = self.edit()
         old = self._data.get(key)
-        grows_by = _framed(raw) + (name_size if old is None else -_framed(old))
+        if old is None:
+            grows_by = _name_size(key) + _framed(raw)
+        elif len(old) == len(raw):
+            grows_by = 0
+        else:
+            grows_by = _framed(raw) - _framed(old)
         size = edits.size + grows_by
         if grows_by > 0 and size + _MAP_HEADER > self.max_size:
             raise SessionTooLarge(

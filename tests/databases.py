@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -46,7 +47,7 @@ def _dying(number: int) -> Callable[[], object] | None:
     return lambda: libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
-class DatabaseServer:
+class DatabaseServer(ABC):
     """One server in a place of its own. As a context manager it starts, and at the end nothing is left of it."""
 
     _gentle: ClassVar[int] = signal.SIGTERM
@@ -59,14 +60,14 @@ class DatabaseServer:
 
     # What each of them says of itself.
 
-    def _command(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _command(self) -> list[str]: ...
 
     def _executable(self) -> str | None:
         return None
 
-    def _answers(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _answers(self) -> bool: ...
 
     def _account(self) -> pwd.struct_passwd | None:
         """Whose process it is, where that is not ours."""

@@ -279,13 +279,13 @@ def test_what_was_committed_while_the_store_was_being_rebuilt_is_applied_once(pl
     rebuilt: list[bool] = []
     run = environment._run
 
-    def rebuilt_after_commit(work: Any, *, write: bool) -> Any:
-        result = run(work, write=write)
+    def rebuilt_after_commit(work: Any, write: bool) -> Any:
+        result = run(work, write)
         if write and not rebuilt:
             rebuilt.append(True)
             environment._quarantine(environment.open(), "said by a test")
             environment.redoing = True  # what a writer finds that was between its commit and the look at the number
-            return run(work, write=write)
+            return run(work, write)
         return result
 
     environment._run = rebuilt_after_commit  # type: ignore[method-assign]
@@ -485,14 +485,14 @@ def test_a_retry_does_not_take_another_process_s_commit_for_its_own(store: Sessi
     environment, run = store.memory.environment, store.memory.environment._run
     failed: list[bool] = []
 
-    def undone_once(work: Any, *, write: bool) -> Any:
+    def undone_once(work: Any, write: bool) -> Any:
         if write and not failed:
             failed.append(True)
             with pytest.raises(ZeroDivisionError):
-                run(lambda txn, tables: (work(txn, tables), 1 // 0), write=True)
+                run(lambda txn, tables: (work(txn, tables), 1 // 0), True)
             assert other.increment("n") == 1
             raise StoreFull("said by a test") from lmdb.MapFullError("said by a test")
-        return run(work, write=write)
+        return run(work, write)
 
     environment._run = undone_once  # type: ignore[method-assign]
     assert first.increment("n") == 2

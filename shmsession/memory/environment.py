@@ -134,7 +134,7 @@ class Environment:
     def read(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` on one snapshot. It must copy out what it needs and return at once."""
         self.open()
-        return self._run(work, write=False)
+        return self._run(work, False)
 
     def write(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` in the one write transaction of the host, and commit. It may run again after a reopening.
@@ -144,9 +144,9 @@ class Environment:
         self.open()  # before the lock, which a process that was forked past the hooks may have inherited locked
         with self.lock:
             self.redoing = False
-            return self._run(work, write=True)
+            return self._run(work, True)
 
-    def _run(self, work: Callable[[Txn, Tables], T], *, write: bool) -> T:
+    def _run(self, work: Callable[[Txn, Tables], T], write: bool) -> T:
         for _ in range(ATTEMPTS):
             opened = self._opened or self.open()
             try:
