@@ -27,3 +27,9 @@ def _run(target: Callable[[], object]) -> None:
 def allocate_lock() -> Any:
     """A lock that blocks the thread, and not a greenlet."""
     return original(_thread, "allocate_lock")()
+
+
+def get_ident() -> int:
+    """Which thread of the operating system this is."""
+    ident: int = original(_thread, "get_ident")()
+    return ident

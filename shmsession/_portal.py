@@ -29,9 +29,13 @@ class Portal:
         self._loop = asyncio.SelectorEventLoop(_native.original(selectors, "DefaultSelector")())
         self._running = _native.allocate_lock()
         self._running.acquire()
+        self._gate = _native.allocate_lock()
+        self._closed = False
+        self._thread = 0
         _native.start_thread(self._run)
 
     def _run(self) -> None:
+        self._thread = _native.get_ident()
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
@@ -55,6 +59,9 @@ class Portal:
 
     def wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         """The same, blocking this thread, or this greenlet. Raises TimeoutError after `seconds`; the work goes on."""
+        if _native.get_ident() == self._thread:
+            work.close()
+            raise StoreError("a hook of the flusher cannot wait for the backend: do it in another thread")
         done: list[asyncio.Task[T]] = []
         waiting = _native.allocate_lock()
         waiting.acquire()
@@ -78,17 +85,19 @@ class Portal:
         def begin() -> None:
             self._loop.create_task(work).add_done_callback(deliver)
 
-        try:
-            self._loop.call_soon_threadsafe(begin)
-        except RuntimeError:
-            work.close()
-            raise StoreError("this store has been closed") from None
+        with self._gate:  # what begins before `close` is cancelled by it, and nothing begins after it
+            if not self._closed:
+                self._loop.call_soon_threadsafe(begin)
+                return
+        work.close()
+        raise StoreError("this store has been closed")
 
     def close(self) -> None:
         """End what still runs, and the thread."""
-        if self._loop.is_closed():
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         with self._running:
             return
 

@@ -92,7 +92,9 @@ class SessionMiddleware:
             raise
         else:
             if not (refused or (session.headers_sent and session.is_settled)):  # as commit() asks, a call earlier
-                store.commit(session, failed=not session.headers_sent)
+                outcome = store.commit(session, failed=not session.headers_sent)
+                if outcome.through:
+                    await store.persisted(outcome.through)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         store = self.store
@@ -141,11 +143,16 @@ class SessionMiddleware:
 
         async def send_after_flush(message: Message) -> None:
             if message["type"].startswith("lifespan.shutdown."):  # after it the server need not wait any more
-                await self.store.flush()
+                try:
+                    await self.store.flush()
+                except StoreError as error:
+                    logger.warning("sessions wait for the next start: %s", error)
             await send(message)
 
-        await self.app(scope, receive_again, send_after_flush)
-        self.store.close()
+        try:
+            await self.app(scope, receive_again, send_after_flush)
+        finally:
+            self.store.close()
 
 
 def _cookie_header(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -12,12 +13,14 @@ from typing import Final
 from ._portal import Portal
 from .backends.base import Backend, State
 from .clock import Clock
-from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreFull
-from .flusher import BACKOFF_MS, Flusher, is_down
+from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
+from .flusher import BACKOFF_MS, Flusher, is_down, ring
 from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
 from .record import Record, unpack_header
 from .rows import Rows
+
+logger = logging.getLogger("shmsession")
 
 MISSING_MS: Final = 5_000
 """So long a handle that the backend does not have is not asked for again. Less than memory keeps what it learns."""
@@ -44,40 +47,72 @@ class Behind:
         self._starting = threading.Lock()
         self._portal: Portal | None = None
         self._flushing: asyncio.Task[None] | None = None
+        self.flushes = False
+        """Whether a candidate for the lease runs here."""
         self._loads: dict[bytes, asyncio.Task[Record | Missing]] = {}
         self._missing: dict[bytes, int] = {}
         self.pid = os.getpid()
+        self._closed = False
+        self._failures = 0
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        """Run a candidate for the lease here from now on."""
+        """Run a candidate for the lease here from now on. Raises BackendError when the backend cannot be opened."""
+        portal = self._there()
         with self._starting:
-            if self._portal is None:
-                portal = Portal()
-                try:
-                    portal.wait(self._begin(), OPEN_SECONDS)
-                except TimeoutError:
-                    portal.close()
-                    raise BackendUnavailable(f"{self._backend.name} could not be opened in {OPEN_SECONDS} s") from None
-                except BaseException:  # whatever stops the start; it goes on
-                    portal.close()
-                    raise
-                self._portal = portal
+            if not (self.flushes or self._closed):
+                portal.wait(self._begin())
+                self.flushes = True
 
     async def _begin(self) -> None:
-        await self._backend.open()
         self._flushing = asyncio.create_task(self._make_flusher().run())
 
-    def _there(self) -> Portal:
-        if self._portal is None:
+    def see_to_it(self) -> None:
+        """`start`, where something was committed, if nothing has; a backend that cannot be opened is tried later."""
+        if self.flushes or is_down(self._environment, self._clock):
+            return
+        try:
             self.start()
-        assert self._portal is not None
-        return self._portal
+        except ShmSessionError as error:
+            self._failed()
+            logger.warning("this process does not flush its sessions: %s", error)
+
+    def _there(self) -> Portal:
+        """Where the backend is open."""
+        failures = self._failures
+        with self._starting:
+            if self._closed:
+                raise StoreError("this store has been closed")
+            if self._portal is None:
+                if self._failures != failures:  # whoever waited for another's attempt need not wait for its own
+                    raise BackendUnavailable(f"{self._backend.name} could not be opened")
+                portal = Portal()
+                try:
+                    portal.wait(self._open(), OPEN_SECONDS)
+                except BaseException as error:  # whatever stops the start; it goes on
+                    self._failures += 1
+                    portal.close()
+                    if isinstance(error, TimeoutError):
+                        raise BackendUnavailable(
+                            f"{self._backend.name} could not be opened in {OPEN_SECONDS} s"
+                        ) from None
+                    raise
+                self._portal = portal
+            return self._portal
+
+    async def _open(self) -> None:
+        try:
+            await self._backend.open()
+        except ShmSessionError:
+            raise
+        except Exception as error:  # a backend may be somebody else's code
+            raise BackendError(f"{self._backend.name} could not be opened: {type(error).__name__}") from error
 
     def close(self) -> None:
         """Stop here; other processes go on, and what waits is sent by them, or at the next start."""
         with self._starting:
+            self._closed = True
             portal, self._portal = self._portal, None
             if portal is not None and portal.pid == os.getpid():
                 with contextlib.suppress(ShmSessionError, TimeoutError):
@@ -89,7 +124,8 @@ class Behind:
         if self._flushing is not None:
             self._flushing.cancel()
             await asyncio.gather(self._flushing, return_exceptions=True)
-        await self._backend.close()
+        with contextlib.suppress(Exception):  # a backend may be somebody else's code; it ends here anyway
+            await self._backend.close()
 
     # ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -131,15 +167,23 @@ class Behind:
         except TimeoutError:
             self._failed()
             raise BackendUnavailable(f"{self._backend.name} did not answer in {self._load_seconds} s") from None
-        except BackendError:
+        except BackendUnavailable:
             self._failed()
+            raise
+        except BackendError:  # it answers; what it says of one row is no reason to refuse all others
+            self._environment.counters.add("load_errors")
             raise
         except Exception as error:  # a backend may be somebody else's code
             self._failed()
             raise BackendError(f"{self._backend.name} failed with {type(error).__name__}") from error
-        if row is None or row.state is not State.LIVE:
-            return self._note_missing(handle, missed)
-        header, data = self._rows.session_in(row)
+        try:
+            if row is None or row.state is not State.LIVE:
+                return self._note_missing(handle, missed)
+            header, data = self._rows.session_in(row)
+        except StoreError:
+            raise
+        except Exception as error:  # the same
+            raise BackendError(f"{self._backend.name} answered what is no row: {type(error).__name__}") from error
         if self._clock.now() >= header.expires:
             return self._note_missing(handle, missed)
         found = self._memory.fill(handle, header, data, missed)
@@ -189,7 +233,8 @@ class Behind:
         """How long to sleep, again and again, until the backend has them or waiting has no point any more."""
         if self.is_clean(handles):
             return
-        self._bell.ring()
+        self.see_to_it()
+        ring(self._bell, self._environment)
         end, pause = time.monotonic() + seconds, POLL_SECONDS[0]
         while not self.is_clean(handles):
             if is_down(self._environment, self._clock) or time.monotonic() >= end:

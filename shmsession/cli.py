@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .configured import configured_store
 from .errors import ConfigError, ShmSessionError
+from .memory.place import default_directory
 from .store import SessionStore
 
 
@@ -36,6 +37,12 @@ def initdb(store: SessionStore) -> int:
 
 def stats(store: SessionStore) -> int:
     """Print the store's numbers as JSON."""
+    path = (store.config.directory or default_directory()) / store.name
+    if not os.path.exists(path / "lmdb"):  # noqa: PTH110  # as it is for this user; to open it would make it
+        raise ConfigError(
+            f"there is no store {path} for this user: give the server's SHMSESSION_NAME and SHMSESSION_DIR, or call it "
+            "in the server's working directory"
+        )
     store.memory.open()
     print(json.dumps(store.stats()._asdict()))  # noqa: T201
     store.close()

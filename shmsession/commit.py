@@ -47,7 +47,7 @@ class Committer(ABC):
     clock: Clock
     hooks: Hooks
     _touch_interval: int
-    _writes_through: bool
+    writes_through: bool
     _next_sweep = 0
 
     @property
@@ -72,6 +72,11 @@ class Committer(ABC):
     @abstractmethod
     def is_persistent(self) -> bool:
         """Whether a backend keeps sessions beyond this machine's memory."""
+        ...
+
+    @abstractmethod
+    def wrote(self) -> None:
+        """See to it that what was just committed is flushed, where there is a backend, by this process if need be."""
         ...
 
     @abstractmethod
@@ -147,8 +152,9 @@ class Committer(ABC):
             self._renew(session, session.record, changes, now)
         else:
             self._update(session, session.record, changes, now)
-        if self._writes_through and session.raw_handle is not None and not changes.is_touch:
-            session.through += (session.raw_handle,)
+        self.wrote()
+        if self.writes_through and session.raw_handle is not None and not changes.is_touch:
+            session.wait_for(session.raw_handle)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_MS
             with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
@@ -187,7 +193,7 @@ class Committer(ABC):
         if isinstance(found, Missing):
             self._drop(session, changes, now)
         else:
-            session.through += (old,)
+            session.wait_for(old)
             session.committed(secret, new, found, changes)
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:

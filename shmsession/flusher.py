@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from . import _native
@@ -29,6 +30,8 @@ from .sentinel import Neighbour, Overtaken, Recall, Sentinel
 logger = logging.getLogger("shmsession")
 
 BATCH: Final = 500
+BATCH_BYTES: Final = 1 << 20
+"""So many rows are sent at once, or fewer of about so many bytes: a slow connection must carry them in time."""
 BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
@@ -37,9 +40,11 @@ SWEEP_MS: Final = 60_000
 SWEEP_LIMIT: Final = 1_000
 SWEEPS: Final = 10
 """So often at most the memory is swept in one go."""
-RETIRE_CHUNKS: Final = 4
-PAUSE_SECONDS: Final = 0.05
-"""How often the outbox is looked at where nobody can ring, and while somebody waits for it."""
+RETIRE_CHUNKS: Final = 40
+PAUSE_SECONDS: Final = 0.02
+"""How often it is asked whether somebody rang, where no bell can be heard, and while somebody waits for the outbox."""
+RING_SECONDS: Final = 1.0
+"""How often somebody who waits for the outbox rings."""
 
 
 class Flusher:
@@ -68,6 +73,7 @@ class Flusher:
         self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_look = 0
         self._failures = 0
+        self._batch = BATCH
         self._next_sweep = 0
         self._next_retire = 0
         self._retired_to = b""
@@ -83,18 +89,23 @@ class Flusher:
         listening = _Listener(self._bell, self._woken, lambda: self.holds_lease)
         try:
             while True:
+                heard = self._environment.rings
                 if self.holds_lease:
                     listening.listen()
-                    await self._attempt()
-                await self._rest()
+                    try:
+                        await self._attempt()
+                    except ShmSessionError as error:  # the memory store itself
+                        self._tell(f"sessions wait to be flushed: {error}")
+                await self._rest(heard)
         finally:
-            await listening.stop()
+            self.holds_lease = False
             beating.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await beating
             with contextlib.suppress(ShmSessionError):
                 self._lease.release()
             self.holds_lease = False
+            await listening.stop()
 
     async def _beat(self) -> None:
         """Take the lease, or keep it, also while an answer is awaited."""
@@ -104,23 +115,24 @@ class Flusher:
                 self.holds_lease = self._lease.take()
                 if self.holds_lease and not held:
                     self._woken.set()
-            except ShmSessionError as error:
+            except Exception as error:  # noqa: BLE001  # a candidate goes on, whatever fails
                 self.holds_lease = False
                 self._tell(f"the lease cannot be taken: {error}")
             await asyncio.sleep(BEAT_MS / 1000)
 
-    async def _rest(self) -> None:
-        """Until the doorbell rings, or it is time to look."""
-        wait = self._interval if self.holds_lease else BEAT_MS / 1000
-        if not self._bell.works:
-            wait = min(wait, PAUSE_SECONDS)
+    async def _rest(self, heard: int) -> None:
+        """Until the doorbell rings, or it is time to look. `heard`: the rings before the last look."""
+        wait = min(self._interval if self.holds_lease else BEAT_MS / 1000, HEARTBEAT_MS / 1000)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(wait, HEARTBEAT_MS / 1000)):  # not wait_for: it may swallow a cancellation
-                await self._woken.wait()
+            async with asyncio.timeout(wait):  # not wait_for: it may swallow a cancellation
+                if self._bell.works:
+                    await self._woken.wait()
+                while not self._woken.is_set() and self._environment.rings == heard:  # noqa: ASYNC110  # others ring
+                    await asyncio.sleep(PAUSE_SECONDS)
         self._woken.clear()
 
     async def _attempt(self) -> None:
-        """Send what waits, and keep house; a failure is told, and leaves it for later."""
+        """Send what waits, and keep house; a backend's failure is told, and leaves it for later. Raises StoreError."""
         if is_down(self._environment, self._clock):
             return
         try:
@@ -141,6 +153,8 @@ class Flusher:
             first, most = BACKOFF_MS
             delay = min(most, first << min(self._failures, 16))
             self._failures += 1
+            self._batch = max(1, self._batch // 2)  # what is too much to be answered in time may be little enough then
+            self._sentinel.initialized = False
             self._environment.backend_down_until = self._clock.boot() + int(delay * random.uniform(0.5, 1))  # noqa: S311
         self._environment.counters.add("flush_errors")
         reason = str(error) if isinstance(error, ShmSessionError) else type(error).__name__
@@ -156,22 +170,26 @@ class Flusher:
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def drain(self, seconds: float) -> bool:
-        """See to it that all that waits is sent, for so long at most; whether nothing is left.
+        """See to it that all that waits now is sent, for so long at most; whether it was.
 
-        Whoever holds the lease sends it; without one, this does.
+        Whoever holds the lease sends it; without one, this does. What the backend turns out to have lost counts too.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
+        end, next_ring = loop.time() + seconds, 0.0
+        last, recalled = self._outbox.ends()[1], self._recall.count
         try:
-            while len(self._outbox):
+            while 0 <= self._outbox.ends()[0] <= last or not self._recall.is_done:
                 left = end - loop.time()
                 if left <= 0:
                     return False
                 sent = 0
                 if self._lease.take():
                     sent = await self._drain_round(left)
-                else:
-                    self._bell.ring()
+                elif loop.time() >= next_ring:
+                    next_ring = loop.time() + RING_SECONDS
+                    ring(self._bell, self._environment)
+                if self._recall.count != recalled:
+                    last, recalled = self._outbox.ends()[1], self._recall.count
                 if not sent:  # what is left is for others, in their hands, or has to wait
                     await asyncio.sleep(min(left, PAUSE_SECONDS))
             return True
@@ -193,20 +211,26 @@ class Flusher:
         return 0
 
     async def round(self) -> int:
-        """Send the oldest commits, a batch at most; returns how many. Raises BackendError, StoreError."""
+        """Send the oldest commits, a batch at most; returns how many, BATCH when there may be more.
+
+        Raises BackendError, StoreError.
+        """
         if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
             self._sentinel.greeted = None
         if await self._sentinel.greet():
             self._last_look = self._clock.boot()
         await self._recall.put_back(BATCH)
-        waiting = self._outbox.oldest(BATCH)
+        limit = self._batch
+        waiting = self._outbox.oldest(limit, BATCH_BYTES)
         dead = [dirty for dirty in waiting if dirty.record.header.flags & TOMBSTONE]
         rest = [dirty for dirty in waiting if not dirty.record.header.flags & TOMBSTONE]
         # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
         for batch in (dead, rest):
             if batch:
                 await self._send(batch)
-        return len(waiting) if self._recall.is_done else BATCH
+        self._batch = min(BATCH, limit * 2)
+        full = len(waiting) == limit or sum(len(dirty.record.raw) for dirty in waiting) >= BATCH_BYTES
+        return BATCH if full or (waiting and not self._recall.is_done) else len(waiting)
 
     async def _send(self, batch: Sequence[Dirty]) -> None:
         losses, sentinel = self._outbox.losses(), self._sentinel.next()
@@ -248,19 +272,19 @@ class Flusher:
             if not self._memory.sweep(now):
                 break
             await asyncio.sleep(0)
-        if boot >= self._next_sweep:
+        if boot >= self._next_sweep and not (
+            self._memory.trusts_clocks(now) and await self._backend.sweep(now, SWEEP_LIMIT) >= SWEEP_LIMIT
+        ):
             self._next_sweep = boot + SWEEP_MS
-            if self._memory.trusts_clocks(now):
-                while await self._backend.sweep(now, SWEEP_LIMIT) >= SWEEP_LIMIT and self.holds_lease:
-                    pass
         if boot >= self._next_retire:
-            self._retire(boot, now)
+            await self._retire(boot, now)
 
-    def _retire(self, boot: int, now: int) -> None:
+    async def _retire(self, boot: int, now: int) -> None:
         for _ in range(RETIRE_CHUNKS):
+            await asyncio.sleep(0)
             gone, self._retired_to = self._outbox.retire(now, self._memory_lifespan, self._retired_to)
             if gone:
-                self._environment.counters.add("evicted", gone)
+                self._environment.counters.add("retired", gone)
             if not self._retired_to:
                 self._next_retire = boot + max(1_000, self._memory_lifespan // 10)
                 return
@@ -270,6 +294,12 @@ def is_down(environment: Environment, clock: Clock) -> bool:
     """Whether the backend has just failed, so that nobody asks it. A word from before a restart of the machine ends."""
     boot = clock.boot()
     return boot < environment.backend_down_until <= boot + BACKOFF_MS[1]
+
+
+def ring(bell: Doorbell, environment: Environment) -> None:
+    """Wake whoever holds the lease."""
+    environment.ring()
+    bell.ring()
 
 
 _sleep: Callable[[float], None] = _native.original(time, "sleep")
@@ -289,17 +319,17 @@ class _Listener:
     def listen(self) -> None:
         """Begin, once, if there is a bell."""
         if self._ended is None and self._bell.works:
-            self._ended = asyncio.Event()
-            _native.start_thread(self._listen)
+            ended = asyncio.Event()
+            _native.start_thread(partial(self._listen, ended))
+            self._ended = ended
 
-    def _listen(self) -> None:
+    def _listen(self, ended: asyncio.Event) -> None:
         while not self._stopped:
             if not self._is_wanted():  # rings are for whoever holds the lease now
                 _sleep(PAUSE_SECONDS)
             elif self._bell.wait(BEAT_MS / 1000):
                 self._tell(self._woken)
-        assert self._ended is not None
-        self._tell(self._ended)
+        self._tell(ended)
 
     def _tell(self, event: asyncio.Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile

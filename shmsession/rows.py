@@ -3,13 +3,14 @@
 import struct
 from typing import Final, NamedTuple
 
+import msgpack
 from cryptography.exceptions import InvalidTag
 
 from .backends.base import FOREVER, Mark, Row, State
 from .errors import BackendError, Unreadable
 from .keyring import KEY_ID_BYTES, Keyring
 from .memory.outbox import Dirty
-from .record import FORMAT, HEADER_BYTES, NO_TAG, STORABLE, TOMBSTONE, Header, pack_header, unpack_header
+from .record import FORMAT, HEADER_BYTES, NO_TAG, STORABLE, TOMBSTONE, Header, pack_header, split, unpack_header
 
 _PLAIN: Final = b"\x00"
 _SEALED: Final = b"\x01"
@@ -52,7 +53,10 @@ class Rows:
             raise Unreadable(f"a session was stored in format {header.format}: upgrade shmsession here too")
         if header is None or Mark(State.LIVE, header.epoch, header.version) != row.mark:
             raise BackendError(f"the row of session {row.handle.hex()} is damaged: destroy it, or restore it")
-        return Loaded(header, plain[HEADER_BYTES:])
+        data = plain[HEADER_BYTES:]
+        if not _is_whole(header, data):
+            raise BackendError(f"the row of session {row.handle.hex()} is damaged: destroy it, or restore it")
+        return Loaded(header, data)
 
     def _close(self, handle: bytes, plain: bytes) -> bytes:
         if self._keyring is None:
@@ -71,6 +75,19 @@ class Rows:
             return self._keyring.unseal(key_id, body[1 + KEY_ID_BYTES :], handle)
         except InvalidTag:
             raise BackendError(f"the row of session {handle.hex()} is not what was stored there: restore it") from None
+
+
+def _is_whole(header: Header, data: bytes) -> bool:
+    """Whether there are values by key, and times that a clock can show."""
+    try:
+        values: object = split(data) if data else {}
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return False
+    times = (header.created, header.last_seen, header.idle_expiry)
+    return isinstance(values, dict) and max(times) < _YEAR_9999 and all(type(v) is bytes for v in values.values())
+
+
+_YEAR_9999: Final = 253_370_764_800_000
 
 
 def mark_of(dirty: Dirty) -> tuple[int, int]:

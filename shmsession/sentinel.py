@@ -55,7 +55,7 @@ class Sentinel:
         self.greeted: bytes | None = None
         """The incarnation that has looked; None after a failure, and every few seconds: a batch that was on its way
         when the backend lost everything may have put a sentinel there that is as new as the last."""
-        self._initialized = False
+        self.initialized = False
         self._place = place_of(memory.environment.path)
         self._stranger: tuple[tuple[bytes, int], int] | None = None
 
@@ -76,9 +76,9 @@ class Sentinel:
         """
         if self.greeted == self._environment.uuid:
             return False
-        if not self._initialized:
+        if not self.initialized:
             await self._backend.initialize()
-            self._initialized = True
+            self.initialized = True
         if not self.shared:
             await self._take_over()
         self.greeted = self._environment.uuid
@@ -152,6 +152,11 @@ class Recall:
         self._name = name
         self._hooks = hooks
         self._begin(-1, _DONE)
+
+    @property
+    def count(self) -> int:
+        """How many were put back for the last loss."""
+        return self._put
 
     def _begin(self, loss: int, step: int) -> None:
         self._loss, self._step, self._after, self._put, self._passed_over = loss, step, b"", 0, False

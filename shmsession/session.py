@@ -41,6 +41,7 @@ class Port(Protocol):
     """What a session needs of its store. All of it is synchronous and takes microseconds."""
 
     max_size: int
+    writes_through: bool
 
     def resolve(self, credential: Any) -> Resolved:
         """The session that a request's credential names. Raises StoreError."""
@@ -50,8 +51,9 @@ class Port(Protocol):
         """Commit `changes` if what they expect holds: (record now, done); None when the session is gone."""
         ...
 
-    def kill(self, handle: bytes) -> bool:
-        """Destroy the session in all processes, now; False when another request was first, or gave it to a login."""
+    def kill(self, handle: bytes) -> bytes | None:
+        """Destroy the session in all processes, now, under the handle that it has by now, which is returned; None
+        when another request was first, or gave it to a login."""
         ...
 
     def save(self, session: "Session") -> None:
@@ -252,6 +254,8 @@ class Session(WorkingCopy):
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
         record, done = answer
         self.rebase(record)
+        if done and self.port.writes_through:
+            self.wait_for(self.raw_handle)
         return done
 
     def renew(self, *, user_id: Any = KEEP) -> None:
@@ -271,12 +275,14 @@ class Session(WorkingCopy):
         object afterwards begins a new session, unless another request ended this one first: then it is dropped."""
         self.edit()
         known = self.exists or self.gone
-        if self.raw_handle is not None and not self._asked(self.port.kill, self.raw_handle) and known:
-            self.discard()
-            self.gone = True
-            return
         if self.raw_handle is not None:
-            self.through += (self.raw_handle,)
+            killed = self._asked(self.port.kill, self.raw_handle)
+            if killed is not None:
+                self.wait_for(killed)
+            elif known:
+                self.discard()
+                self.gone = True
+                return
         self.gone = False
         presented = self._presented
         self.start(NOTHING)
@@ -324,6 +330,11 @@ class Session(WorkingCopy):
         self.secret, self.raw_handle = session_id, handle
         self._stale_cookie = self.drops_cookie = False
         self.moved_to(record, changes)
+
+    def wait_for(self, handle: bytes) -> None:
+        """Hold the response back until the backend has heard of this session."""
+        if handle not in self.through:
+            self.through += (handle,)
 
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""

@@ -92,7 +92,7 @@ class SessionStore(Committer):
         self.hooks = Hooks(hooks)
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
-        self._writes_through = self.config.write == "through"
+        self.writes_through = self.config.write == "through"
         self._touch_interval = max(1, milliseconds(self.config.effective_touch_interval))
         self._told_of_scheme = False
         if chosen == "none":
@@ -103,7 +103,6 @@ class SessionStore(Committer):
             if backend is not None:
                 raise
             raise ConfigError(f"{PREFIX}BACKEND: {error}") from error
-        self._url = chosen if isinstance(chosen, str) else None
         self._memory: MemoryStore | None = None
         self._behind: Behind | None = None
         self._check_keys()
@@ -127,8 +126,11 @@ class SessionStore(Committer):
         What waits for the backend goes on waiting; `flush` sends it first.
         """
         behind, self._behind = self._behind, None
-        if behind is not None and behind.pid == os.getpid():
-            behind.close()
+        if behind is not None:
+            if behind.pid == os.getpid():
+                behind.close()
+            else:
+                _inherited.append(behind)
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
@@ -206,9 +208,9 @@ class SessionStore(Committer):
     def _make_behind(self, memory: MemoryStore) -> Behind:
         if self._backend is None:
             raise ConfigError("this store has no backend: give it one, such as SessionStore('sqlite:///sessions.db')")
+        if self._behind is not None:
+            _inherited.append(self._behind)
         backend = self._backend
-        if self._behind is not None and self._url is not None:  # the parent's, before a fork
-            backend = self._backend = connect(self._url)
         rows = Rows(Keyring(self.config.database_keys, "database") if self.config.database_keys else None)
 
         def make_flusher() -> Flusher:
@@ -311,15 +313,26 @@ class SessionStore(Committer):
             found = self.memory.update(handle, base, changes, self.clock.now())
         if isinstance(found, Missing):
             return None
-        return (found.record, False) if isinstance(found, Conflict) else (found, True)
+        if isinstance(found, Conflict):
+            return found.record, False
+        self.wrote()
+        return found, True
+
+    def wrote(self) -> None:
+        """See `Committer.wrote`."""
+        if self._backend is not None:
+            self.behind.see_to_it()
 
     def refill(self, handle: bytes) -> bool:
         """See `Committer.refill`."""
         return self._backend is not None and isinstance(self.behind.load(handle), Record)
 
-    def kill(self, handle: bytes) -> bool:
+    def kill(self, handle: bytes) -> bytes | None:
         """See `Port.kill`."""
-        return self.memory.destroy(handle, self.clock.now())
+        killed = self.memory.destroy(handle, self.clock.now())
+        if killed is not None:
+            self.wrote()
+        return killed
 
     def note_scheme(self, scheme: str) -> None:
         """A cookie was set in answer to a request of this scheme: say once when the browser will not send it back."""
@@ -353,6 +366,7 @@ class SessionStore(Committer):
         Raises BackendError, ConfigError.
         """
         known = await self.behind.clear()
+        self.memory.cleared()
         self.clear()
         return known
 
@@ -410,6 +424,8 @@ def _resolved(ticket: Ticket, found: Record | Missing, now: int) -> Resolved:
 
 _NO_SESSION: Final = Resolved(presented=True)
 _stores: "WeakSet[SessionStore]" = WeakSet()
+_inherited: list[Behind] = []
+"""What a parent had open before a fork is kept: its end in the child would disturb the parent."""
 
 
 class Sync:

@@ -92,7 +92,11 @@ class _Response:
         if self._started is None:
             raise AssertionError("the application sent its body before start_response (PEP 3333)")
         status, headers, exc_info = self._started
-        outcome = self._store.commit(self._session, failed=status[:1] >= "5")
+        try:
+            outcome = self._store.commit(self._session, failed=status[:1] >= "5")
+        except StoreError:  # write() raises it into the framework, which may make its own error page of it
+            self._session.unavailable = True
+            raise
         if outcome.vary:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             headers = as_text(with_session_headers(raw, outcome.set_cookie))
@@ -131,9 +135,10 @@ class _Response:
                     self._send_head()
                 yield chunk
             self._send_head()
-            self._store.commit(self._session)
+            self._commit_rest()
         except StoreError as error:
             if self._server_write is not None:
+                self.fail()
                 raise
             yield from self.unavailable(error)
         except Exception:  # whatever the application raised goes on to the server
@@ -146,7 +151,13 @@ class _Response:
             _close(self._body)
         finally:
             if self._session.headers_sent:
-                self._store.commit(self._session)
+                self._commit_rest()
+
+    def _commit_rest(self) -> None:
+        """Commit what came after the headers; where the backend is to be waited for, the end of the response waits."""
+        outcome = self._store.commit(self._session)
+        if outcome.through:
+            self._store.sync.wait(outcome.through)
 
     def fail(self) -> None:
         """An exception on its way to the server drops the changes, unless they are to be kept."""

@@ -341,7 +341,7 @@ class Host:
         return found
 
     def destroy(self, handle: bytes) -> bool:
-        return self.memory.destroy(handle, self.clock.now())
+        return self.memory.destroy(handle, self.clock.now()) is not None
 
     def miss(self, handle: bytes) -> "Answered":
         """Ask the backend, and keep the answer for later: it is on its way."""

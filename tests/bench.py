@@ -12,8 +12,10 @@ import json
 import os
 import pstats
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -352,13 +354,17 @@ def profile(app: App, cookie: bytes | None, count: int) -> None:
 
 
 def main() -> None:
+    from tests import bench_backends  # which imports this module
+
     parser = argparse.ArgumentParser(prog="dev bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--count", type=int, default=2_000, help="requests in a round")
     parser.add_argument("--sessions", type=int, default=0, help="also compare a store of so many with one of 1,000")
     parser.add_argument("--redis", action="store_true", help="also compare with starsessions on a Redis server")
+    parser.add_argument("--backends", action="store_true", help="also PostgreSQL and Redis behind it, not only SQLite")
     parser.add_argument("--profile", choices=("read", "write"), help="print where the time of such a request goes")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
     shared = Path("/dev/shm")
     directory = Path(tempfile.mkdtemp(prefix="shms-", dir=shared if shared.is_dir() else None))
     try:
@@ -375,9 +381,11 @@ def main() -> None:
             rows += at_scale(directory, options.sessions, options.rounds)
         if options.redis:
             rows += against_redis(directory, options.rounds, min(options.count, 500))
+        for backend in bench_backends.DATABASES if options.backends else ("sqlite",):
+            rows += bench_backends.ratios(backend, (options.rounds + 3) // 4)
         print("ratios, and the budget")
         for name, value, allowed in rows:
-            print(f"  {name:<42}{value:8.2f}   {allowed}")
+            print(f"  {name:<62}{value:8.2f}   {allowed}")
     finally:
         shutil.rmtree(directory)
 

@@ -282,7 +282,7 @@ def value_of(store: MemoryStore, key: bytes) -> Any:
 
 
 def destroy(store: MemoryStore, key: bytes) -> bool:
-    return store.destroy(key, SystemClock().now())
+    return store.destroy(key, SystemClock().now()) is not None
 
 
 def uuid_of(store: MemoryStore) -> bytes:

@@ -1,17 +1,31 @@
 """Backends are chosen by URL."""
 
+import asyncio
+import inspect
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from shmsession import backends
-from shmsession.backends import connect
+from shmsession import SessionStore, backends
+from shmsession.backends import Row, State, connect
+from shmsession.backends import postgres as postgres_module
+from shmsession.backends.postgres import PostgresBackend
 from shmsession.backends.sqlite import SQLiteBackend
-from shmsession.errors import ConfigError
+from shmsession.errors import BackendError, ConfigError
+from tests.databases import PostgresServer
+from tests.documents import ROOT, blocks, code, marked, rows
 from tests.properties import child_environment
 
+pytest_plugins = ["tests.database_hosts"]
+
+PAGE = ROOT / "docs" / "backends.md"
+ROW = Row(bytes(19) + b"\1", State.LIVE, 1, 1, 1, b"somebody", b"body")
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "write": ([ROW],), "load": (ROW.handle,), "sessions_of": (ROW.user,), "sweep": (2, 9)
+}  # fmt: skip
 SECRET = "hunter2"
 KNOWN = ("sqlite:///", "postgresql://", "postgres://", "redis://", "rediss://", "unix:///")
 
@@ -33,6 +47,101 @@ def test_a_url_gives_the_backend_of_its_scheme_with_the_options_of_its_class() -
 def test_every_network_backend_is_reached_by_its_schemes(scheme: str, name: str) -> None:
     assert type(connect(f"{scheme}://ada:{SECRET}@localhost/1")).__name__ == name
     assert SECRET not in repr(connect(f"{scheme}://ada:{SECRET}@localhost/1"))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:///s.db?table=shop&timeout=2", ", table shop>"),
+        ("postgresql://localhost/app?table=shop&sslmode=require&timeout=2", " postgresql://localhost/app, shop>"),
+        ("redis://localhost?prefix=shop&timeout=2", "<RedisBackend redis://localhost:6379/0, prefix 'shop'>"),
+        ("unix:///run/redis.sock?db=1&prefix=shop", ", prefix 'shop'>"),
+    ],
+    ids=lambda text: text.partition(":")[0],
+)  # fmt: skip
+def test_the_url_alone_can_give_each_application_tables_of_its_own(url: str, shown: str) -> None:
+    """So that applications which are configured by variables may share a database."""
+    assert repr(connect(url)).endswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "libpq"),
+    [
+        ("postgresql:///app?table=shop", "dbname=app"),
+        ("postgresql://h/app?sslmode=require&table=a.b&t%61ble=shop&max_size=7", "host=h dbname=app sslmode=require"),
+        ("postgresql://a,b:5/app?min_size=0&target_session_attrs=read-write",
+         "host=a,b port=,5 dbname=app target_session_attrs=read-write"),
+        ("postgresql://ada:x?table=y@h/app?table=shop", "user=ada password=x?table=y host=h dbname=app"),
+        ("postgresql://ada@h?options=-c%20a%3Db%26table%3Dx&table=shop", "user=ada host=h options='-c a=b&table=x'"),
+    ],
+)  # fmt: skip
+def test_libpq_hears_of_a_url_what_is_libpqs(url: str, libpq: str) -> None:
+    """Everything as it was written, but for what is ours; that is taken, and comes before the keyword."""
+    backend: Any = connect(url, table="other")
+    defaults = {"connect_timeout": "5", "application_name": "shmsession"}
+    assert conninfo_to_dict(backend._conninfo) == conninfo_to_dict(libpq) | defaults
+    assert repr(backend).endswith(", other>" if "min_size" in url else ", shop>")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("sqlite:///s.db?table=a-b", "write letters, digits and _"), ("sqlite:///s.db?timeout=0", "timeout: write"),
+        ("postgresql:///app?table=a-b", "table= must be"), ("postgresql:///app?table=", "table= must be"),
+        ("postgresql:///app?table", "table= must be"), ("postgresql:///app?table=a%22b", "table= must be"),
+        ("postgresql:///app?timeout=soon", "timeout= must be"), ("postgresql:///app?timeout=nan", "timeout= must be"),
+        ("postgresql:///app?timeout=inf", "timeout= must be"), ("postgresql:///app?max_size=0", "timeout= must be"),
+        ("postgresql:///app?max_size=2.5", "timeout= must be"), ("postgresql:///app?tabel=shop", "no PostgreSQL URL"),
+        ("redis://h?prefix=a%20b", "prefix= must be"), ("redis://h?timeout=0", "timeout= must be"),
+    ],
+)  # fmt: skip
+def test_what_a_url_says_is_checked_as_the_keyword_is(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        connect(url)
+
+
+def test_the_documented_options_of_postgresql_are_those_there_are() -> None:
+    parameters = inspect.signature(PostgresBackend).parameters
+    expected = {name: str(parameters[name].default) for name in postgres_module._OURS}
+    assert {code(row[0])[0]: code(row[1])[0] for row in rows(marked(PAGE, "postgres options"))} == expected
+
+
+def test_the_documented_grants_are_enough_for_a_user_who_did_not_make_the_tables(
+    postgres: PostgresServer, postgres_database: str
+) -> None:
+    (grants,) = [block.text for block in blocks(PAGE, "text") if "GRANT" in block.text]
+
+    async def play(url: str, *questions: str) -> None:
+        backend = connect(url)
+        await backend.open()
+        try:
+            await backend.initialize()
+            for question in questions:
+                await getattr(backend, question)(*ARGUMENTS.get(question, ()))
+            assert [handle async for handle in backend.handles()] == []
+        finally:
+            await backend.close()
+
+    def relations(kind: str) -> set[str]:
+        found = postgres.run(f"SELECT relname FROM pg_class WHERE relname ~ '^shm' AND relkind = '{kind}'", database)
+        return {name for (name,) in found}
+
+    database = postgres_database
+    asyncio.run(play(postgres.url(database)))
+    assert (relations("r"), relations("i") - {"shmsession_pkey"}) == (
+        {"shmsession", "shmsession_meta"},
+        {"shmsession_user", "shmsession_horizon"},
+    )
+    postgres.run(f"REVOKE ALL ON SCHEMA public FROM PUBLIC; CREATE ROLE shop LOGIN PASSWORD '{SECRET}'", database)
+    try:
+        with pytest.raises(BackendError, match="SQLSTATE"):
+            asyncio.run(play(postgres.url(database, "shop", SECRET)))
+        postgres.run(grants, database)
+        asyncio.run(
+            play(postgres.url(database, "shop", SECRET), "write", "load", "sessions_of", "count", "clear", "sweep")
+        )
+    finally:
+        postgres.revive().run("DROP OWNED BY shop; DROP ROLE shop", database)
 
 
 def test_a_socket_is_a_redis() -> None:
@@ -59,6 +168,14 @@ def test_what_is_no_url_is_not_repeated(text: str) -> None:
     with pytest.raises(ConfigError, match="the backend is no URL: write sqlite:///file") as raised:
         connect(text)
     assert SECRET not in str(raised.value)
+
+
+def test_an_empty_variable_is_told_how_to_say_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMSESSION_BACKEND", "")
+    with pytest.raises(ConfigError, match=r"SHMSESSION_BACKEND: .* for memory only set SHMSESSION_BACKEND=none"):
+        SessionStore()
+    monkeypatch.setenv("SHMSESSION_BACKEND", "none")
+    assert not SessionStore().is_persistent
 
 
 @pytest.mark.parametrize(

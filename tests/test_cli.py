@@ -61,6 +61,7 @@ def store(place: Path, kept: Kept) -> Iterator[SessionStore]:
     config = SessionConfig(name="cli", directory=place / "sessions", keys=(Key(bytes(range(32))),), map_size=4 << 20)
     store = SessionStore(kept.url, config=config)
     store.memory.open()
+    store.behind.flushes = True
     yield store
     store.close()
 
@@ -100,6 +101,25 @@ def test_stats_are_json(command: Run, store: SessionStore) -> None:
     output, text = command("stats").communicate(timeout=PATIENCE)
     numbers = json.loads(output)
     assert (numbers["sessions"], numbers["outbox"]) == (1, 1), text
+
+
+@pytest.mark.parametrize("backend", ["none", "sqlite"])
+def test_stats_of_a_store_that_is_not_there_say_so_and_make_nothing(
+    command: Run, place: Path, kept: Kept, store: SessionStore, backend: str
+) -> None:
+    """Neither a store nor a directory, a Key file or a database: most likely the name was mistyped."""
+    commit(store, a=1)
+    before = sorted(place.rglob("*"))
+    for changed in ({"SHMSESSION_NAME": "cil"}, {"SHMSESSION_DIR": str(place / "elsewhere")}):
+        process = command(
+            "stats", SHMSESSION_KEY="", SHMSESSION_BACKEND=kept.url if backend == "sqlite" else "none", **changed
+        )
+        output, text = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert output == ""
+        assert f"there is no store {place}/" in text
+        assert len(text.splitlines()) == 1
+        assert sorted(place.rglob("*")) == before
 
 
 def test_a_store_is_named_by_module_and_attribute_in_the_working_directory(

@@ -40,13 +40,13 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
     "behind", "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "prefetch",
-    "refill", "request_session", "resolve", "save", "swap",
+    "refill", "request_session", "resolve", "save", "swap", "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
     "assigned", "begin_anew", "committed", "discard", "drops_cookie", "edit", "edits", "encoded_user", "gone",
     "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to", "owes_cookie",
     "pending", "port", "raw_handle", "rebase", "record", "replaced", "secret", "settle", "start", "stored",
-    "through", "unavailable",
+    "through", "unavailable", "wait_for",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 

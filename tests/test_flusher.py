@@ -197,10 +197,10 @@ def test_trouble_with_the_memory_is_not_taken_for_trouble_with_the_backend(place
         host.create(A)
         flusher = host.flusher()
 
-        def full(limit: int) -> NoReturn:
-            raise StoreFull(f"{limit} of them do not fit, by order")
+        def full(limit: int, size: int) -> NoReturn:
+            raise StoreFull(f"{limit} of them, {size} bytes, do not fit, by order")
 
-        flusher._outbox.oldest = full  # type: ignore[method-assign]
+        flusher._outbox.oldest = full  # type: ignore[method-assign, assignment]
         attempt(flusher)
         assert host.memory.environment.counters.totals()["flush_errors"] == 1
         assert host.memory.environment.backend_down_until <= host.clock.boot()
@@ -251,6 +251,9 @@ def test_the_backend_is_swept_once_a_minute_until_nothing_is_due(place: Path) ->
         kept = Row(C, State.LIVE, 1, 1, host.clock.now(), b"", b"x")
         host.backend.rows[C] = kept
         flusher = host.flusher()
+        attempt(flusher)
+        assert len(host.backend.sessions()) > SWEEP_LIMIT, "what waits is sent in between"
+        attempt(flusher)
         attempt(flusher)
         assert host.backend.sessions() == {C: kept}
         swept = host.backend.calls.count("sweep")

@@ -124,7 +124,7 @@ def test_a_session_that_was_evicted_can_be_destroyed_and_no_fill_brings_it_back(
     clock.advance(61)
     assert store.evict() == 1
     missed = clock.boot()
-    assert store.destroy(A, clock.now()) is False
+    assert store.destroy(A, clock.now()) is None
     assert store.load(A, clock.now()) is Missing.DEAD
     assert store.fill(A, base.header, base.data, missed) is Missing.DEAD
     header = header_of(store, A)
@@ -217,8 +217,8 @@ def test_the_horizon_never_shrinks(store: MemoryStore, clock: ManualClock) -> No
 
 def test_destroy_is_final_and_says_so(store: MemoryStore, clock: ManualClock) -> None:
     base = logged_in(store, clock)
-    assert store.destroy(A, clock.now()) is True
-    assert store.destroy(A, clock.now()) is False
+    assert store.destroy(A, clock.now()) == A
+    assert store.destroy(A, clock.now()) is None
     assert store.load(A, clock.now()) is Missing.DEAD
     assert store.update(A, base, sets(n=2), clock.now()) is Missing.DEAD
     assert store.touch(A, base, clock.now()) is Missing.DEAD
@@ -363,7 +363,7 @@ def test_a_wrong_mac_is_counted_never_served_and_says_unknown(
         assert store.renew(A, B, base, sets(n=2), clock.now(), None, login=False) is Missing.UNKNOWN
     put_raw(store, A, b"short")
     assert store.load(A, clock.now()) is Missing.UNKNOWN
-    assert store.destroy(A, clock.now()) is True
+    assert store.destroy(A, clock.now()) == A
     assert store.load(A, clock.now()) is Missing.DEAD
 
 
@@ -938,7 +938,7 @@ class AnyOrder(RuleBasedStateMachine):
         while target in self.dead and target in self.successors:
             target = self.successors[target]
         known = target in self.live or (self.backend and target not in self.dead)
-        assert self.store.destroy(key, self.clock.now()) == known
+        assert self.store.destroy(key, self.clock.now()) == (target if known else None)
         if target in self.live:
             self._bury(target, Missing.DEAD)
         elif target not in self.dead:

@@ -155,7 +155,7 @@ def test_every_database_line_is_of_the_server_that_the_line_above_starts() -> No
             parts = urlsplit(url)
             port = {"postgresql": 5432, "redis": 6379}[parts.scheme]
             assert (parts.hostname, parts.port) == ("127.0.0.1", None)
-            assert f"{port}:{port}" in container
+            assert f"127.0.0.1:{port}:{port}" in container, "nobody else is to reach it"
             assert parts.password is None or f"POSTGRES_PASSWORD={parts.password}" in container
             found.append(url)
     assert found == list(backends())

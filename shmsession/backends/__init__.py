@@ -40,7 +40,8 @@ def connect(url: str, **options: Any) -> Backend:
     """
     scheme, separator, _ = url.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,31}", scheme):
-        raise ConfigError(f"the backend is no URL: write {_EXAMPLES}")  # not what was written: a password may be in it
+        # Not what was written: a password may be in it.
+        raise ConfigError(f"the backend is no URL: write {_EXAMPLES}, or none for memory only")
     kind = _KINDS.get(scheme.lower())
     if kind is None:
         raise ConfigError(f"no backend is known for {scheme}://: write {_EXAMPLES}")

@@ -84,7 +84,10 @@ class Backend(Protocol):
     """Whether rows vanish by themselves after their horizon, so that nobody need sweep."""
 
     async def open(self) -> None:
-        """Make ready to be asked. It may succeed though the database is down; then the first question fails."""
+        """Make ready to be asked. It may succeed though the database is down; then the first question fails.
+
+        In a child that was forked with it open, it makes new connections and leaves the parent's alone.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,10 +1,13 @@
 """PostgreSQL, 12 or newer, by psycopg 3: one table of rows, one statement for a batch."""
 
+import os
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
+from math import inf
 from typing import Any, Final
+from urllib.parse import unquote
 
 from shmsession.errors import BackendError, ConfigError
 
@@ -20,6 +23,9 @@ _LOCK: Final = 0x73686D73657373
 """The advisory lock held while tables are made: "shmsess"."""
 
 _TABLE: Final = re.compile(r"(?:[A-Za-z_]\w{0,62}\.)?[A-Za-z_]\w{0,47}", re.ASCII)
+_OURS: Final = ("table", "min_size", "max_size", "timeout")
+_UP_TO_QUERY: Final = re.compile(r"\w+://(?:[^@/]*@)?[^?]*")
+"""As libpq reads a URL: a question mark in the password need not be encoded."""
 
 # An index on the horizon itself would make every touch write to all indexes; its hour seldom changes, so that most
 # updates stay within their page (HOT), in the room that fillfactor leaves there. `was_…` is the row that the last write
@@ -93,7 +99,7 @@ class PostgresBackend:
     `url` and `options`: what libpq knows, such as `sslmode="verify-full"`, or `connect_timeout`, of 5 seconds unless
     given. `table` may name a schema. A process asks at most `max_size` questions at once, and keeps `min_size`
     connections when it asks none. `timeout`: seconds after which a question, with all that it waited for, counts as
-    not answered.
+    not answered. These four may also stand in the URL (`?table=shop&timeout=2`). Raises ConfigError.
     """
 
     remote = True
@@ -103,9 +109,16 @@ class PostgresBackend:
         self, url: str, *, table: str = "shmsession", min_size: int = 1, max_size: int = 4, timeout: float = 5.0,
         **options: Any,
     ) -> None:  # fmt: skip
+        url, ours = _parted(url)
+        table = ours.get("table", table)
         if not _TABLE.fullmatch(table):
             raise ConfigError("table= must be a name of up to 48 letters, digits and _, or schema.name")
-        if timeout <= 0 or not 0 <= min_size <= max_size or not max_size:
+        try:
+            min_size, max_size = int(ours.get("min_size", min_size)), int(ours.get("max_size", max_size))
+            timeout = float(ours.get("timeout", timeout))
+        except ValueError:
+            timeout = 0
+        if not 0 < timeout < inf or not 0 <= min_size <= max_size or not max_size:
             raise ConfigError("timeout= must be more than 0, and 0 ≤ min_size ≤ max_size, which is at least 1")
         self._conninfo = checked(url, options)
         self.name = name_of(self._conninfo)
@@ -115,20 +128,26 @@ class PostgresBackend:
             Pool, self._conninfo, name=self.name, table=table, min_size=min_size, max_size=max_size, timeout=timeout
         )
         self._pool: Pool | None = None
+        self._pid = 0
+        self._inherited: list[Pool] = []
+        """What a parent had open before a fork is kept: its end here would disturb the parent."""
 
     def __repr__(self) -> str:
         return f"<PostgresBackend {self.name}, {self._table}>"
 
     async def open(self) -> None:
         """Begin to connect, without waiting for it."""
+        if self._pool is not None and self._pid != os.getpid():
+            self._inherited.append(self._pool)
+            self._pool = None
         if self._pool is None:
-            self._pool = self._make_pool()
+            self._pool, self._pid = self._make_pool(), os.getpid()
             await self._pool.open()
 
     async def close(self) -> None:
         """Close the connections."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
+        if self._pool is not None and self._pid == os.getpid():
+            pool, self._pool = self._pool, None
             await pool.close()
 
     async def initialize(self) -> None:
@@ -221,6 +240,21 @@ class PostgresBackend:
         cursor = connection.cursor(binary=True)
         await cursor.execute(self._sql(text), parameters, prepare=True)
         return await cursor.fetchall()
+
+
+def _parted(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without what libpq does not know of, and that."""
+    found = _UP_TO_QUERY.match(url)
+    if not found or found.end() == len(url):
+        return url, {}
+    theirs, ours = [], {}
+    for part in url[found.end() + 1 :].split("&"):
+        name, _, value = part.partition("=")
+        if unquote(name) in _OURS:
+            ours[unquote(name)] = unquote(value)
+        else:
+            theirs.append(part)
+    return "?".join((found[0], "&".join(theirs))) if theirs else found[0], ours
 
 
 def _names(table: str) -> dict[str, str]:

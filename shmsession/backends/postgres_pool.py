@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
+CANCEL_SECONDS: Final = 0.5
 BUSY: Final = (errors.DeadlockDetected, errors.SerializationFailure)
 """The statement lost against others and changed nothing: it may be repeated."""
 
@@ -52,6 +53,14 @@ class Connection(AsyncConnection[tuple[Any, ...]]):
             return await super().connect(conninfo, **kwargs)
         except psycopg.Error as error:
             on_failure(error)
+            raise
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # psycopg's
+        """Ask the server to stop; one that does not answer at once is cut off: somebody's time is over."""
+        try:
+            await super().cancel_safe(timeout=min(timeout, CANCEL_SECONDS))
+        except BaseException:  # whatever it is; it goes on
+            _cut(self)
             raise
 
 
@@ -183,7 +192,10 @@ def _cut(connection: Connection) -> None:
 def checked(url: str, options: dict[str, Any]) -> str:
     """libpq's connection string of a URL and further options. Raises ConfigError, which quotes nothing of them."""
     try:
-        return make_conninfo("", **{**_DEFAULTS, **conninfo_to_dict(url, **options)})
+        parts = conninfo_to_dict(url, **options)
+        if any("@" in str(parts.get(part, "")) for part in ("host", "port", "dbname")):
+            raise psycopg.ProgrammingError  # the tail of a password with an @ or / in it
+        return make_conninfo("", **{**_DEFAULTS, **parts})
     except psycopg.Error:
         raise ConfigError(
             "this is no PostgreSQL URL: write postgresql://user:password@host:5432/database?sslmode=verify-full, with "

@@ -6,6 +6,7 @@ are ever removed that can stand for no LIVE row any more: past ones, and those o
 """
 
 import logging
+import math
 import re
 import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -48,7 +49,7 @@ class RedisBackend:
         connections = int(given.pop("max_connections", CONNECTIONS))
         if not re.fullmatch(r"[!-~]{1,100}", self.prefix):
             raise ConfigError("prefix= must be 1 to 100 printable ASCII characters without spaces")
-        if self.timeout <= 0 or connections <= 0:
+        if not 0 < self.timeout < math.inf or connections <= 0:
             raise ConfigError("timeout= must be a number of seconds above 0, and max_connections= a number above 0")
         self._client = Client(given, prefix=self.prefix, timeout=self.timeout, max_connections=connections)
         self.name = self._client.name

@@ -1,6 +1,7 @@
 """Connections to a Redis server: a question is answered or fails in time, and its errors become ours here."""
 
 import asyncio
+import os
 import re
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -44,6 +45,9 @@ class Client:
         }  # fmt: skip
         self._turns = asyncio.Semaphore(max_connections)
         self._redis: Any = None
+        self._pid = 0
+        self._inherited: list[Any] = []
+        """What a parent had open before a fork is kept: its end here would disturb the parent."""
         try:
             pool: Any = self._pool()
             pool.make_connection()  # which connects nothing
@@ -56,14 +60,18 @@ class Client:
 
     def open(self) -> None:
         """Make the pool; it connects when something is asked."""
+        if self._redis is not None and self._pid != os.getpid():
+            self._inherited.append(self._redis)
+            self._redis = None
         if self._redis is None:
+            self._pid = os.getpid()
             self._turns = asyncio.Semaphore(self._max)
             self._redis = Redis(connection_pool=self._pool())
 
     async def close(self) -> None:
         """Close all connections."""
-        redis, self._redis = self._redis, None
-        if redis is not None:
+        if self._redis is not None and self._pid == os.getpid():
+            redis, self._redis = self._redis, None
             with suppress(exceptions.RedisError, OSError):
                 await redis.connection_pool.disconnect()
 

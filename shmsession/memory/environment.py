@@ -1,8 +1,8 @@
 """An LMDB environment in use: opened late, reopened when it was replaced, rebuilt when it turns out damaged.
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
-the PID namespace of those processes, until when the backend is not to be asked; a shared flock says that somebody is
-there), `counters`, and `lmdb/`, the environment.
+the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher; a shared flock
+says that somebody is there), `counters`, and `lmdb/`, the environment.
 """
 
 import contextlib
@@ -189,6 +189,16 @@ class Environment:
     @backend_down_until.setter
     def backend_down_until(self, boot: int) -> None:
         (self._opened or self.open()).words[2] = boot
+
+    @property
+    def rings(self) -> int:
+        """How often somebody rang for the flusher, for one that cannot hear the doorbell. Not every ring counts."""
+        return int((self._opened or self.open()).words[3])
+
+    def ring(self) -> None:
+        """Count one."""
+        words = (self._opened or self.open()).words
+        words[3] = (words[3] + 1) % (1 << 64)
 
     def raise_epoch(self, epoch: int) -> None:
         """Go on as a later incarnation, at least `epoch`: every process opens the environment anew for that."""

@@ -1,8 +1,10 @@
 """What a backend has yet to hear of: read in order, crossed off when it has heard, put back when it forgot."""
 
+import sys
 from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
+from shmsession.errors import StoreFull
 from shmsession.ids import HANDLE_BYTES
 from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Record
 
@@ -55,19 +57,36 @@ class Outbox:
         since = self._environment.read(work)
         return 0 if since < 0 else max(0, self._clock.now() - since)
 
-    def oldest(self, limit: int) -> list[Dirty]:
-        """Up to `limit` commits that wait, oldest first. A record of an unknown Key is left for who has that."""
+    def ends(self) -> tuple[int, int]:
+        """The sequences of the oldest and the newest row; (-1, -1) when there is none."""
+
+        def work(txn: Txn, tables: Tables) -> tuple[int, int]:
+            cursor = txn.cursor(tables.outbox)
+            if not cursor.first():
+                return -1, -1
+            first = number(bytes(cursor.key()))
+            cursor.last()
+            return first, number(bytes(cursor.key()))
+
+        return self._environment.read(work)
+
+    def oldest(self, limit: int, size: int = sys.maxsize) -> list[Dirty]:
+        """Up to `limit` commits that wait, oldest first, until they make `size` bytes.
+
+        A record of an unknown Key is left for who has that.
+        """
         batch: list[Dirty] = []
         stray: list[tuple[int, bytes]] = []
         after = -1
-        while len(batch) < limit:
-            window = self._window(after, limit - len(batch))
+        while len(batch) < limit and size > 0:
+            window = self._window(after, limit - len(batch), size)
             for sequence, handle, raw in window:
                 header = None if raw is None else self._seal.header(handle, raw)
                 if header is None or header.dirty_seq != sequence:
                     stray.append((sequence, handle))
                 elif raw and (record := self._seal.readable(handle, raw)) is not None:
                     batch.append(Dirty(handle, record))
+                    size -= len(raw)
             if not window:
                 break
             after = window[-1][0]
@@ -75,16 +94,18 @@ class Outbox:
             self._drop(stray)
         return batch
 
-    def _window(self, after: int, limit: int) -> list[tuple[int, bytes, bytes | None]]:
+    def _window(self, after: int, limit: int, size: int) -> list[tuple[int, bytes, bytes | None]]:
         """The next rows with what they lead to."""
 
         def work(txn: Txn, tables: Tables) -> list[tuple[int, bytes, bytes | None]]:
             found: list[tuple[int, bytes, bytes | None]] = []
+            left = size
             cursor = txn.cursor(tables.outbox)
             more = cursor.set_range(sequence_key(after + 1))
-            while more and len(found) < limit:
+            while more and len(found) < limit and left > 0:
                 handle = bytes(cursor.value())
                 raw = txn.get(handle, db=tables.records)
+                left -= 0 if raw is None else len(raw)
                 found.append((number(bytes(cursor.key())), handle, raw))  # type: ignore[arg-type]
                 more = cursor.next()
             return found
@@ -110,8 +131,9 @@ class Outbox:
 
         Nothing, when it has lost something meanwhile: `losses` is how often that had happened when they were sent.
         """
-        for begin in range(0, len(sent), CHUNK):
-            chunk = sent[begin : begin + CHUNK]
+        begin, size = 0, CHUNK
+        while begin < len(sent):
+            chunk = sent[begin : begin + size]
 
             def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk) -> None:
                 if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
@@ -120,7 +142,14 @@ class Outbox:
                     if txn.get(handle, db=tables.records) == record.raw:
                         self._writer.clean_in(txn, tables, handle, record)
 
-            self._environment.write(work)
+            try:
+                self._environment.write(work)
+            except StoreFull:  # all of a record is written anew: fewer at once need fewer pages
+                if size == 1:
+                    raise
+                size = max(1, size // 8)
+            else:
+                begin += size
 
     def obey(self, handle: bytes) -> None:
         """The backend says that the session is dead: so it is here."""
@@ -180,8 +209,16 @@ class Outbox:
                     put += 1
             return put, passed_over
 
-        put, passed_over = self._environment.write(work) if handles else (0, False)
-        return put, (handles[-1] if handles else b""), passed_over
+        while handles:
+            try:
+                put, passed_over = self._environment.write(work)
+            except StoreFull:
+                if len(handles) == 1:
+                    raise
+                handles = handles[: max(1, len(handles) // 8)]
+            else:
+                return put, handles[-1], passed_over
+        return 0, b"", False
 
     def retire(self, now: int, idle: int, after: bytes) -> tuple[int, bytes]:
         """Remove from memory what the backend has and nobody looked at for `idle` milliseconds: the next chunk.

@@ -32,7 +32,7 @@ from .outbox import Outbox
 from .place import default_directory
 from .seal import RecordSeal
 from .sweeping import Sweeper, any_due, clock_stepped
-from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, unindex
+from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, sequence_key, unindex
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -196,6 +196,8 @@ class MemoryStore:
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
             if self._clock.boot() - missed > STALE_FILL_MS:
                 return None
+            if missed <= number(txn.get(b"cleared", db=tables.meta)) < missed + STALE_FILL_MS:  # type: ignore[arg-type]
+                return Missing.DEAD
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
                 found = self._live(handle, raw, self._clock.now())  # type: ignore[arg-type]
@@ -255,19 +257,19 @@ class MemoryStore:
 
         return self._writer.write(work)
 
-    def destroy(self, handle: bytes, now: int) -> bool:
-        """Replace the record by a tombstone; False when there was none, nor can a backend have it. Works when full.
+    def destroy(self, handle: bytes, now: int) -> bytes | None:
+        """Replace the record by a tombstone and return its handle; None when there was none, nor can a backend have it.
 
-        A session that only got a new id meanwhile is destroyed under that; one that was logged in is another's. One
-        that was evicted gets a tombstone too: a fill may be on its way.
+        Works when full. A session that only got a new id meanwhile is destroyed under that; one that was logged in is
+        another's. One that was evicted gets a tombstone too: a fill may be on its way.
         """
         boot = self._clock.boot()
-        done = False
+        done: bytes | None = None
 
-        def work(txn: Txn, tables: Tables, made_room: bool = False) -> bool:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> bytes | None:
             nonlocal done
-            if self.environment.redoing and done:
-                return True
+            if self.environment.redoing and done is not None:
+                return done
             target = handle
             while True:
                 raw = txn.get(target, db=tables.records)
@@ -275,10 +277,10 @@ class MemoryStore:
                 if found is None or not found.header.flags & TOMBSTONE:
                     header = found.header if found else self._unseen(target, now, boot)
                     self._writer.bury(txn, tables, target, header, now, boot)
-                    done = raw is not None or self._backend
+                    done = target if raw is not None or self._backend else None
                     return done
                 if not found.data:
-                    return False
+                    return None
                 target = found.data
 
         return self._writer.write(work)
@@ -317,6 +319,7 @@ class MemoryStore:
 
         gone = self._writer.clean(work, count)
         if gone:
+            self.environment.counters.add("evicted", gone)
             self._hooks.emit(Evicted(gone))
         return gone
 
@@ -340,9 +343,14 @@ class MemoryStore:
         now = self._clock.now()
         return sum(self._destroy_readable(handle, now) for handle in handles)
 
+    def cleared(self) -> None:
+        """The backend has just lost all its sessions by order: what it was asked for before is not to be kept."""
+        boot = sequence_key(self._clock.boot())
+        self.environment.write(lambda txn, tables: txn.put(b"cleared", boot, db=tables.meta))
+
     def _destroy_readable(self, handle: bytes, now: int) -> bool:
         try:
-            return self.destroy(handle, now)
+            return self.destroy(handle, now) is not None
         except Unreadable:
             return False
 

@@ -117,3 +117,21 @@ def unindex(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
         txn.delete(header.user_tag + handle, db=tables.users)
     if header.dirty_seq and txn.get(sequence_key(header.dirty_seq), db=tables.outbox) == handle:
         txn.delete(sequence_key(header.dirty_seq), db=tables.outbox)
+
+
+def reindex(txn: Txn, tables: Tables, handle: bytes, old: Header, new: Header) -> None:
+    """The rows that lead to a record whose header has changed: only those that differ are written."""
+    was, now = expiry_key(old, handle), expiry_key(new, handle)
+    if was != now:
+        txn.delete(was, db=tables.expiry)
+        txn.put(now, b"", db=tables.expiry)
+    if old.user_tag != new.user_tag:
+        if old.user_tag != NO_TAG:
+            txn.delete(old.user_tag + handle, db=tables.users)
+        if new.user_tag != NO_TAG:
+            txn.put(new.user_tag + handle, b"", db=tables.users)
+    if old.dirty_seq != new.dirty_seq:
+        if old.dirty_seq and txn.get(sequence_key(old.dirty_seq), db=tables.outbox) == handle:
+            txn.delete(sequence_key(old.dirty_seq), db=tables.outbox)
+        if new.dirty_seq:
+            txn.put(sequence_key(new.dirty_seq), handle, db=tables.outbox)

@@ -14,7 +14,7 @@ from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
 from . import room
 from .drafting import Drafts
 from .environment import Environment
-from .tables import Tables, Txn, index, number, sequence_after, sequence_key, unindex
+from .tables import Tables, Txn, index, number, reindex, sequence_after, sequence_key, unindex
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -128,8 +128,7 @@ class Writer:
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header
         if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
-            unindex(txn, tables, handle, stored.header)
-            index(txn, tables, handle, record.header)
+            reindex(txn, tables, handle, old, new)
         if crowd is not None:
             self.settle(txn, tables, crowd, made_room)
         return record
@@ -165,9 +164,8 @@ class Writer:
     def renumber(self, txn: Txn, tables: Tables, handle: bytes, record: Record, header: Header) -> None:
         """Put the same data under another header in a record's place."""
         renumbered = self._drafts.reheaded(handle, record, header)
-        unindex(txn, tables, handle, record.header)
         txn.put(handle, renumbered.raw, db=tables.records)
-        index(txn, tables, handle, renumbered.header)
+        reindex(txn, tables, handle, record.header, renumbered.header)
 
     def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record, was: int = 0) -> Record:
         """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet.
