@@ -1,7 +1,8 @@
 """`./dev chaos`: real workers under load, with processes and databases killed and stopped; what must hold is checked.
 
-Every request and its answer is written down; afterwards the account is compared with G1-G5 and G7. The seed chooses
-what visitors do and what befalls them; run it again with the same seed to see the same faults in the same order.
+Every request and its answer is written down. Afterwards the account is held against what was promised: G1-G8 as one
+visitor can see them, who makes one request at a time. The seed chooses what visitors do and what befalls them; run it
+again with the same seed to see the same faults in the same order.
 """
 
 import argparse
@@ -11,32 +12,45 @@ import logging
 import os
 import shutil
 import signal
+import string
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from shmsession import Key, SessionConfig, SessionStore
+from shmsession.ids import new_id
 from tests.kept import BACKENDS, Kept, Watch, check_equal, lease_holder
 from tests.servers import KINDS, Browser, Kind, Server, Unanswered, new_place, wait_for
 
 VISITORS: Final = 6
+OWN: Final = "own"
+ALPHABET: Final = string.ascii_letters + string.digits + "-_"
+
+UNDER_SEAL: Final = {"unknown", "ended"}
+"""Strangers' cookies of which only memory or the database can say that they are no session's: a 503 is an answer."""
 
 
 @dataclass
 class Event:
-    """One request: when it was sent, and when and how it was answered (None: never)."""
+    """One request: when it was sent, and when and how it was answered (None: never).
+
+    `cookie`: the visitor's own, or which kind of another it came with. `sets_cookie`: whether its answer set one.
+    """
 
     visitor: int
     begin: float
     path: str
     argument: int = 0
+    cookie: str = OWN
     end: float | None = None
     status: int | None = None
     answer: Any = None
+    sets_cookie: bool = False
 
     @property
     def acknowledged(self) -> bool:
@@ -51,8 +65,9 @@ class Account:
     faults: list[tuple[float, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def of(self, visitor: int, path: str) -> list[Event]:
-        return [event for event in self.events if event.visitor == visitor and event.path == path]
+    def of(self, visitor: int) -> list[Event]:
+        """What a visitor did with its own cookie, or none yet."""
+        return [event for event in self.events if event.visitor == visitor and event.cookie == OWN]
 
     def write(self, file: Path) -> None:
         """One line of JSON each."""
@@ -64,7 +79,10 @@ class Account:
 
 
 class Visitor:
-    """Somebody with one session who logs in and out, counts, assigns and looks, one request at a time."""
+    """Somebody with one session who logs in and out, counts, assigns and looks, one request at a time.
+
+    And who comes as a stranger in between: without a cookie, or with one that is no session's.
+    """
 
     def __init__(self, number: int, server: Server, account: Account, random: Random) -> None:
         self.number = number
@@ -72,17 +90,19 @@ class Visitor:
         self.account = account
         self.random = random
         self.user: str | None = None
-        self.sure = True
-        """Whether `user` is known: after a login or logout that nobody answered it is not."""
-        self.ended: list[dict[str, str]] = []
+        self.ended: list[str] = []
         self.assigned = 0
+        self.forger = Forger(server.store(), random)
 
-    def ask(self, browser: Browser, method: str, path: str, argument: int = 0) -> Event:
-        event = Event(self.number, time.monotonic(), path, argument)
+    def ask(
+        self, method: str, path: str, argument: int = 0, browser: Browser | None = None, cookie: str = OWN
+    ) -> Event:  # fmt: skip
+        event = Event(self.number, time.monotonic(), path, argument, cookie)
         self.account.events.append(event)
         with contextlib.suppress(Unanswered):
-            answer = browser.request(method, path if not argument else f"{path}/{argument}")
+            answer = (browser or self.browser).request(method, path if not argument else f"{path}/{argument}")
             event.status, event.end = answer.status, time.monotonic()
+            event.sets_cookie = bool(answer.all("set-cookie"))
             if answer.status == 200:
                 event.answer = answer.json
             elif answer.status != 503:
@@ -91,42 +111,65 @@ class Visitor:
 
     def run(self, stop: threading.Event) -> None:
         while not stop.is_set():
-            self.random.choice((self.count, self.count, self.assign, self.look, self.log_in_or_out, self.haunt))()
+            self.random.choice((self.count, self.count, self.assign, self.look, self.log_in_or_out, self.intrude))()
 
     def count(self) -> None:
-        self.ask(self.browser, "GET", "/hit")
+        self.ask("GET", "/hit")
 
     def assign(self) -> None:
         self.assigned += 1
-        self.ask(self.browser, "POST", f"/set/k{self.assigned % 4}", self.assigned)
+        self.ask("POST", f"/set/k{self.assigned % 4}", self.assigned)
 
-    def look(self) -> None:
-        event = self.ask(self.browser, "GET", "/whoami")
-        if event.acknowledged and self.sure and event.answer["user"] != self.user:
-            self.account.wrong.append(f"visitor {self.number} is {event.answer['user']}, not {self.user}")
+    def look(self) -> Event:
+        return self.ask("GET", "/session")
 
     def log_in_or_out(self) -> None:
-        before = dict(self.browser.cookies)
+        before = self.browser.cookies.get(COOKIE)
         if self.user is None:
-            name = f"u{self.number}-{len(self.account.events)}"
-            done = self.ask(self.browser, "POST", f"/login/{name}").acknowledged
-            self.user, self.sure = name, done
+            self.user = f"u{self.number}-{len(self.account.events)}"
+            done = self.ask("POST", f"/login/{self.user}").acknowledged
         else:
-            done = self.ask(self.browser, "POST", "/logout").acknowledged
-            if done and before:
-                self.ended.append(before)
-            self.user, self.sure = None, done
+            self.user = None
+            done = self.ask("POST", "/logout").acknowledged
+        if before and done:  # the id before a login is as dead as that of a session which was left
+            self.ended.append(before)
         if not done:  # nobody knows what became of it: begin anew
             self.browser.cookies.clear()
-            self.user, self.sure = None, True
+            self.user = None
 
-    def haunt(self) -> None:
-        """Come with the cookie of a session that was acknowledged to be over."""
-        if self.ended:
-            ghost = Browser(self.browser.address, self.random.choice(self.ended))
-            event = self.ask(ghost, "GET", "/session")
-            if event.acknowledged and event.answer != {}:
-                self.account.wrong.append(f"a session of visitor {self.number} is back: {sorted(event.answer)}")
+    def intrude(self) -> None:
+        """Come as somebody who has no session."""
+        cookies = self.forger.cookies(self.browser.cookies.get(COOKIE), self.ended)
+        kind = self.random.choice(sorted(cookies))
+        self.ask("GET", "/session", browser=Browser(self.browser.address, cookies[kind]), cookie=kind)
+
+
+COOKIE: Final = "session"
+
+
+class Forger:
+    """Cookies that lead to no session."""
+
+    def __init__(self, store: SessionStore, random: Random) -> None:
+        self._seals = store.cookies
+        self._others = SessionStore(config=SessionConfig(keys=(Key.generate(),), secure=False, name="other")).cookies
+        self._random = random
+
+    def cookies(self, own: str | None, ended: Sequence[str]) -> dict[str, Mapping[str, str]]:
+        """One of each kind that can be made now."""
+        now = int(time.time() * 1000)
+        values = {
+            "junk": "".join(self._random.choices(ALPHABET, k=92)),
+            "unknown": self._seals.value(new_id(), now),
+            "foreign": self._others.value(new_id(), now),
+        }
+        if ended:
+            values["ended"] = self._random.choice(ended)
+        if own:
+            place = self._random.randrange(len(own))
+            letter = self._random.choice([letter for letter in ALPHABET if letter != own[place]])
+            values |= {"forged": own[:place] + letter + own[place + 1 :], "twice": f"{own}; {COOKIE}={own}"}
+        return {"none": {}} | {kind: {COOKIE: value} for kind, value in values.items()}
 
 
 class Nemesis:
@@ -220,21 +263,89 @@ def visitors(server: Server, account: Account, random: Random) -> Iterator[list[
 # ── what must hold ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def check(account: Account, sessions: int) -> list[str]:
+    """What was broken. `sessions`: how many there are in memory at the end."""
+    held, left = explained(account)
+    wrong = [*account.wrong, *check_counts(account), *check_values(account), *check_strangers(account)]
+    if not held <= sessions <= held + left:
+        wrong.append(f"there are {sessions} sessions, where visitors hold {held}, and may have left {left} behind")
+    return wrong
+
+
+def begins_anew(event: Event) -> bool:
+    """Whether the visitor has another session after it, or none: a logout, or what became of a login is not known."""
+    return event.path == "/logout" or (event.path.startswith("/login/") and not event.acknowledged)
+
+
 def check_counts(account: Account) -> list[str]:
-    """G1, G2: every count is higher than all that were acknowledged in that session before it was asked for."""
+    """G1, G2, G4, G7: a count is higher than all that were told in that session, and no higher than was asked for."""
     wrong = []
     for number in range(VISITORS):
-        highest = 0
-        for event in account.events:
-            if event.visitor != number:
-                continue
-            if event.path.startswith(("/login", "/logout")):
-                highest = 0  # a new session counts anew, and one that went on goes on: both are higher than 0
-            elif event.path == "/hit" and event.acknowledged:
-                if event.answer["hits"] <= highest:
-                    wrong.append(f"visitor {number} was told {event.answer['hits']} after {highest}")
-                highest = event.answer["hits"]
+        told = asked = 0
+        for event in account.of(number):
+            if begins_anew(event):
+                told = asked = 0
+            asked += event.path == "/hit"
+            if event.acknowledged and event.path in ("/hit", "/session"):
+                hits = event.answer.get("hits", 0)
+                if not told + (event.path == "/hit") <= hits <= asked:
+                    wrong.append(f"visitor {number} was told {hits} after {told}, and had asked {asked} times")
+                told = hits
     return wrong
+
+
+def check_values(account: Account) -> list[str]:
+    """G1, G2, G4, G7: a session holds what was last acknowledged, or what was sent after that and never answered."""
+    wrong = []
+    for number in range(VISITORS):
+        may: dict[str, set[str | None]] = {}
+        for event in account.of(number):
+            _, verb, *rest = event.path.split("/")
+            if begins_anew(event):
+                may = {}
+            elif verb == "login":
+                may["user"] = {rest[0]}
+            elif verb == "set" and event.acknowledged:
+                may[rest[0]] = {str(event.argument)}
+            elif verb == "set" and event.status is None:  # a 503 has stored nothing
+                may[rest[0]] = {*may.get(rest[0], {None}), str(event.argument)}
+            elif verb == "session" and event.acknowledged:
+                for key in sorted({*may, *event.answer} - {"hits"}):
+                    if event.answer.get(key) not in may.get(key, {None}):
+                        wrong.append(f"visitor {number} finds {key}={event.answer.get(key)}, not one of {may.get(key)}")
+                    may[key] = {event.answer.get(key)}
+    return wrong
+
+
+def check_strangers(account: Account) -> list[str]:
+    """G3, G6: who has no session is told nothing, and given no cookie; nor does a look give one to who has."""
+    wrong = []
+    for event in account.events:
+        if event.path == "/session" and event.sets_cookie:
+            wrong.append(f"a look with the {event.cookie} cookie of visitor {event.visitor} was answered with a cookie")
+        if event.cookie != OWN and event.acknowledged and event.answer != {}:
+            wrong.append(f"the {event.cookie} cookie of visitor {event.visitor} was believed: {sorted(event.answer)}")
+        if event.cookie not in {OWN, *UNDER_SEAL} and event.status not in (200, None):
+            wrong.append(f"the {event.cookie} cookie, for which nobody is asked, was answered with {event.status}")
+    return wrong
+
+
+def explained(account: Account) -> tuple[int, int]:
+    """G6, G8: how many sessions visitors hold at the end, and how many more they may have left behind.
+
+    Left behind are those of which the answer with the cookie never came, and those whose login or logout was not
+    acknowledged. Whatever strangers do leaves none.
+    """
+    held = left = 0
+    for number in range(VISITORS):
+        holds = False
+        for event in account.of(number):
+            if event.acknowledged:
+                holds = event.path != "/logout" and (holds or event.sets_cookie)
+            elif event.path != "/session" and (begins_anew(event) or not holds):
+                left, holds = left + 1, False
+        held += holds
+    return held, left
 
 
 def run(kind: Kind, backend: str | None, seed: int, seconds: float, place: Path) -> dict[str, Any]:
@@ -252,12 +363,11 @@ def run(kind: Kind, backend: str | None, seed: int, seconds: float, place: Path)
                 nemesis.strike()
                 done = len(account.events) + random.randrange(10, 200)
                 wait_for(lambda done=done: len(account.events) > done, "visitors go on")  # type: ignore[misc]
-        wrong = [*account.wrong, *check_counts(account)]
         for person in people:
-            final = person.ask(person.browser, "GET", "/whoami")
-            if not final.acknowledged or (person.sure and final.answer["user"] != person.user):
-                wrong.append(f"at the end visitor {person.number} is not {person.user}")
+            if not person.look().acknowledged:
+                account.wrong.append(f"at the end visitor {person.number} is not answered")
         store = server.store()
+        wrong = check(account, store.count())
         if kept is not None:
             check_equal(store, kept)
         if watch is not None:
@@ -271,7 +381,9 @@ def run(kind: Kind, backend: str | None, seed: int, seconds: float, place: Path)
         return {
             "requests": len(account.events), "acknowledged": answered, "unavailable": unavailable,
             "unanswered": len(account.events) - answered - unavailable, "faults": len(account.faults),
-            "ended": sum(len(person.ended) for person in people), "rows": totals["rows"],
+            "ended": sum(len(person.ended) for person in people),
+            "strangers": sum(event.cookie != OWN for event in account.events),
+            "sessions": store.count(), "rows": totals["rows"],
             "flush_errors": totals["flush_errors"], "violations": 0,
         }  # fmt: skip
 

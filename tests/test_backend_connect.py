@@ -172,7 +172,7 @@ def test_what_is_no_url_is_not_repeated(text: str) -> None:
 
 def test_an_empty_variable_is_told_how_to_say_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHMSESSION_BACKEND", "")
-    with pytest.raises(ConfigError, match=r"SHMSESSION_BACKEND: .* for memory only set SHMSESSION_BACKEND=none"):
+    with pytest.raises(ConfigError, match=r"SHMSESSION_BACKEND: .* or none for memory only"):
         SessionStore()
     monkeypatch.setenv("SHMSESSION_BACKEND", "none")
     assert not SessionStore().is_persistent
