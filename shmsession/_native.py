@@ -3,6 +3,7 @@
 import _thread
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,8 @@ def get_ident() -> int:
     """Which thread of the operating system this is."""
     ident: int = original(_thread, "get_ident")()
     return ident
+
+
+def sleep(seconds: float) -> None:
+    """Block the thread, and not a greenlet."""
+    original(time, "sleep")(seconds)

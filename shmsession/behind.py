@@ -196,8 +196,9 @@ class Behind:
         return found
 
     def _note_missing(self, handle: bytes, boot: int) -> Missing:
+        self._missing.pop(handle, None)
         if len(self._missing) >= MISSING_HANDLES:
-            self._missing.clear()
+            del self._missing[next(iter(self._missing))]
         self._missing[handle] = boot
         return Missing.UNKNOWN
 

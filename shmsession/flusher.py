@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -302,9 +301,6 @@ def ring(bell: Doorbell, environment: Environment) -> None:
     bell.ring()
 
 
-_sleep: Callable[[float], None] = _native.original(time, "sleep")
-
-
 class _Listener:
     """A thread that turns rings of the doorbell into wake-ups of the event loop."""
 
@@ -326,7 +322,7 @@ class _Listener:
     def _listen(self, ended: asyncio.Event) -> None:
         while not self._stopped:
             if not self._is_wanted():  # rings are for whoever holds the lease now
-                _sleep(PAUSE_SECONDS)
+                _native.sleep(PAUSE_SECONDS)
             elif self._bell.wait(BEAT_MS / 1000):
                 self._tell(self._woken)
         self._tell(ended)

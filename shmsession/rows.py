@@ -14,6 +14,7 @@ from .record import FORMAT, HEADER_BYTES, NO_TAG, STORABLE, TOMBSTONE, Header, p
 
 _PLAIN: Final = b"\x00"
 _SEALED: Final = b"\x01"
+_YEAR_9999: Final = 253_370_764_800_000
 _NO_KEY: Final = bytes(KEY_ID_BYTES)
 
 
@@ -85,11 +86,3 @@ def _is_whole(header: Header, data: bytes) -> bool:
         return False
     times = (header.created, header.last_seen, header.idle_expiry)
     return isinstance(values, dict) and max(times) < _YEAR_9999 and all(type(v) is bytes for v in values.values())
-
-
-_YEAR_9999: Final = 253_370_764_800_000
-
-
-def mark_of(dirty: Dirty) -> tuple[int, int]:
-    """The place of a record in the order of its versions."""
-    return dirty.record.header.epoch, dirty.record.header.version

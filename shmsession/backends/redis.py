@@ -54,6 +54,7 @@ class RedisBackend:
         self._client = Client(given, prefix=self.prefix, timeout=self.timeout, max_connections=connections)
         self.name = self._client.name
         self._cursor = 0
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<RedisBackend {self.name}, prefix {self.prefix!r}>"
@@ -80,7 +81,9 @@ class RedisBackend:
                 f"{self.name} has schema {int(found)}, made by a newer shmsession; this one knows {SCHEMA}: upgrade it"
             )
         for warning in await self._worries():
-            logger.warning("%s: %s", self.name, warning)
+            if warning not in self._warned:
+                self._warned.add(warning)
+                logger.warning("%s: %s", self.name, warning)
 
     async def _worries(self) -> list[str]:
         """What its settings may cost, as far as it lets us know them."""

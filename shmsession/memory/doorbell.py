@@ -1,10 +1,11 @@
 """A hint across processes that somebody waits for a flush: a POSIX semaphore. Without it the flusher looks later."""
 
 import os
-import time
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from shmsession import _native
 
 try:
     import posix_ipc
@@ -47,7 +48,7 @@ class Doorbell:
         try:
             semaphore = self._open()
         except (posix_ipc.Error, OSError):
-            time.sleep(seconds)
+            _native.sleep(seconds)
             return False
         try:
             semaphore.acquire(seconds)
