@@ -43,6 +43,7 @@ class Portal:
             self._loop.run_until_complete(_cancel_all())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+            self._thread = 0  # its number may be another's from now on
             self._running.release()
 
     async def ask(self, work: Coroutine[Any, Any, T]) -> T:
@@ -57,9 +58,14 @@ class Portal:
         self._begin(work, deliver)
         return await future
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is its own thread, on which nobody can wait for it."""
+        return bool(_native.get_ident() == self._thread)
+
     def wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         """The same, blocking this thread, or this greenlet. Raises TimeoutError after `seconds`; the work goes on."""
-        if _native.get_ident() == self._thread:
+        if self.is_here:
             work.close()
             raise StoreError("a hook of the flusher cannot wait for the backend: do it in another thread")
         done: list[asyncio.Task[T]] = []
@@ -123,4 +129,5 @@ async def _cancel_all() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    if others:
+        await asyncio.wait(others, timeout=1.0)  # what cannot be cancelled is left behind

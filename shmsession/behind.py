@@ -46,6 +46,7 @@ class Behind:
         self._bell = Doorbell(memory.environment.path)
         self._starting = threading.Lock()
         self._portal: Portal | None = None
+        self._last: Portal | None = None
         self._flushing: asyncio.Task[None] | None = None
         self.flushes = False
         """Whether a candidate for the lease runs here."""
@@ -80,7 +81,9 @@ class Behind:
 
     def _there(self) -> Portal:
         """Where the backend is open."""
-        failures = self._failures
+        last, failures = self._last, self._failures
+        if last is not None and last.is_here:  # before the lock: whoever has it may wait for this very thread
+            raise StoreError("a hook of the flusher cannot wait for the backend: do it in another thread")
         with self._starting:
             if self._closed:
                 raise StoreError("this store has been closed")
@@ -98,7 +101,7 @@ class Behind:
                             f"{self._backend.name} could not be opened in {OPEN_SECONDS} s"
                         ) from None
                     raise
-                self._portal = portal
+                self._portal = self._last = portal
             return self._portal
 
     async def _open(self) -> None:

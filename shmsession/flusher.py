@@ -79,6 +79,7 @@ class Flusher:
         self._bell = Doorbell(memory.environment.path)
         self._woken = asyncio.Event()
         self._told = ""
+        self._yields_until = 0
 
     # ── one candidate's life ──────────────────────────────────────────────────────────────────────────────────
 
@@ -111,7 +112,7 @@ class Flusher:
         while True:
             held = self.holds_lease
             try:
-                self.holds_lease = self._lease.take()
+                self.holds_lease = self._clock.boot() >= self._yields_until and self._lease.take()
                 if self.holds_lease and not held:
                     self._woken.set()
             except Exception as error:  # noqa: BLE001  # a candidate goes on, whatever fails
@@ -138,6 +139,10 @@ class Flusher:
             while self.holds_lease and await self.round() == BATCH:
                 pass
             await self._keep_house()
+            if self.holds_lease and self._outbox.ends()[0] >= 0 and not self._outbox.oldest(1):
+                self._yields_until = self._clock.boot() + 2 * BEAT_MS  # who has the Key is to have a chance
+                self.holds_lease = False
+                self._lease.release()
         except Overtaken:
             return
         except Neighbour as error:
@@ -182,7 +187,9 @@ class Flusher:
                 if left <= 0:
                     return False
                 sent = 0
-                if self._lease.take():
+                if not self._outbox.oldest(1) and self._recall.is_done:  # what is left is for who has the Key
+                    self._lease.release()
+                elif self._lease.take():
                     sent = await self._drain_round(left)
                 elif loop.time() >= next_ring:
                     next_ring = loop.time() + RING_SECONDS
@@ -316,8 +323,9 @@ class _Listener:
         """Begin, once, if there is a bell."""
         if self._ended is None and self._bell.works:
             ended = asyncio.Event()
-            _native.start_thread(partial(self._listen, ended))
-            self._ended = ended
+            with contextlib.suppress(RuntimeError):  # no thread to be had now: tried again at the next look
+                _native.start_thread(partial(self._listen, ended))
+                self._ended = ended
 
     def _listen(self, ended: asyncio.Event) -> None:
         while not self._stopped:

@@ -67,6 +67,8 @@ class Rows:
     def _open(self, handle: bytes, body: bytes) -> bytes:
         if body[:1] == _PLAIN:
             return body[1:]
+        if body[:1] != _SEALED:
+            raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it")
         key_id = body[1 : 1 + KEY_ID_BYTES]
         if self._keyring is None or key_id not in self._keyring:
             raise Unreadable(

@@ -397,14 +397,16 @@ def test_what_no_one_foresaw_is_an_error_with_what_sqlite_says(path: Path) -> No
     assert "no such column: horizon: look at it with the sqlite3 program" in said
 
 
-def test_a_row_that_nobody_can_have_written_is_an_error_and_not_an_absence(path: Path) -> None:
+def test_a_row_that_nobody_can_have_written_is_an_error_and_not_an_absence_until_a_newer_one_comes(path: Path) -> None:
     store(path, live(1, LATER))
     raw(path, "UPDATE shmsession SET state = 9")
+    newer = live(1, LATER, version=2)
 
     async def work(backend: SQLiteBackend) -> None:
-        for ask in (backend.load(handle_of(1)), backend.write([live(1, LATER, version=2)])):
-            with pytest.raises(BackendError, match="holds what no version wrote"):
-                await ask
+        with pytest.raises(BackendError, match="holds what no version wrote"):
+            await backend.load(handle_of(1))
+        assert [answer.applied for answer in await backend.write([newer])] == [True]
+        assert await backend.load(handle_of(1)) == newer
 
     using(path, work)
 

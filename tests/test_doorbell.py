@@ -1,15 +1,20 @@
 """The doorbell is a hint: with it a flush begins at once, without it, or with one that nobody hears, only later."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from shmsession import Key, SessionConfig, SessionStore
 from shmsession.memory import doorbell
 from shmsession.memory.doorbell import Doorbell
+from tests.backends import MemoryBackend
 from tests.kept import Kept, check_equal
-from tests.servers import GTHREAD, SYNC, Kind, Serve, wait_for
+from tests.servers import GTHREAD, PATIENCE, SYNC, Kind, Serve, wait_for
 
 pytest_plugins = ["tests.hosts"]
 
@@ -60,6 +65,67 @@ def test_a_bell_that_cannot_be_opened_is_not_heard_and_nothing_fails(
     monkeypatch.setattr("posix_ipc.Semaphore", closed)
     bell.ring()
     assert not bell.wait(0.01)
+
+
+# ── a bell that the dead have left ────────────────────────────────────────────────────────────────────────────
+
+MOST = 2**31 - 1
+LEAVE = """
+import os, signal, sys
+import posix_ipc
+semaphore = posix_ipc.Semaphore(sys.argv[1], posix_ipc.O_CREX, mode=0o600, initial_value=int(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def slow_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SessionStore]:
+    """A store that is not open yet, whose flusher sends nothing for an hour unless somebody rings."""
+    monkeypatch.setattr("shmsession.flusher.HEARTBEAT_MS", 3_600_000)
+    config = SessionConfig(
+        directory=place / "sessions", name="test", secure=False, keys=(Key.generate(),), map_size=4 << 20,
+        flush_interval=timedelta(days=1),
+    )  # fmt: skip
+    store = SessionStore(MemoryBackend(labelled=False), config=config)
+    store.memory.open()
+    yield store
+    store.close()
+    Doorbell(store.path).remove()
+
+
+@pytest.mark.parametrize("rings", [0, 1, 1_000, MOST])
+def test_a_bell_that_a_killed_process_left_is_heard_like_a_new_one_and_falls_silent(
+    slow_store: SessionStore, rings: int
+) -> None:
+    """Whatever it was left at: each commit that somebody waits for is sent at once, and nobody rings for ever."""
+    store, bell = slow_store, Doorbell(slow_store.path)
+    if not bell.works:
+        return
+    died = subprocess.run([sys.executable, "-c", LEAVE, bell._name, str(rings)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert value(bell) == rings
+    store.open()
+    backend = store._backend
+    assert isinstance(backend, MemoryBackend)
+    for number in range(1, 4):
+        session = store.session()
+        session["n"] = number
+        session.save()
+        assert store.sync.persisted(session, PATIENCE)
+        assert len(backend.sessions()) == number
+    wait_for(lambda: value(bell) == 0, "it is silent")
+
+
+def value(bell: Doorbell) -> int:
+    """How many rings nobody has heard."""
+    semaphore = bell._open()
+    try:
+        return int(semaphore.value)
+    finally:
+        semaphore.close()
+
+
+# ── every kind of worker ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", [SYNC, GTHREAD, GEVENT], ids=str)

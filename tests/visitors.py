@@ -4,13 +4,54 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from tests.servers import Browser, Server, Unanswered
+from tests.servers import Answer, Browser, Server, Unanswered
 
 CLIENTS = 8
 KEYS = 8
+
+
+class Visit(NamedTuple):
+    """One request: when it was sent, how long it took, and the status of its answer; None: there was no answer."""
+
+    begin: float
+    seconds: float
+    status: int | None
+
+
+def visit(visits: list[Visit], browser: Browser, method: str, path: str) -> Answer:
+    """Ask, and write down how it went. Raises Unanswered."""
+    begin, status = time.monotonic(), None
+    try:
+        answer = browser.request(method, path)
+        status = answer.status
+        return answer
+    finally:
+        visits.append(Visit(begin, time.monotonic() - begin, status))
+
+
+class Count(NamedTuple):
+    """How many requests were answered 200, otherwise, and not at all; and how long they took, in milliseconds."""
+
+    ok: int
+    failed: int
+    unanswered: int
+    p50: float
+    p99: float
+
+
+def count(visits: Iterable[Visit]) -> Count:
+    """Of at least one."""
+    visits = list(visits)
+    statuses = [seen.status for seen in visits]
+    ok, unanswered = statuses.count(200), statuses.count(None)
+    took = sorted(seen.seconds * 1e3 for seen in visits)
+    at = [took[min(len(took) - 1, len(took) * percent // 100)] for percent in (50, 99)]
+    return Count(ok, len(visits) - ok - unanswered, unanswered, round(at[0], 2), round(at[1], 2))
 
 
 @dataclass
@@ -30,6 +71,7 @@ class Client:
     ended: list[dict[str, str]] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
     orders: list[object] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
 
     def run(self, stop: threading.Event) -> None:
         number = 0
@@ -46,7 +88,7 @@ class Client:
     def request(self, browser: Browser, method: str, path: str) -> bool:
         """Whether it was acknowledged."""
         with contextlib.suppress(Unanswered):
-            answer = browser.request(method, path)
+            answer = visit(self.visits, browser, method, path)
             if answer.status == 200:
                 self.answers += 1
                 with contextlib.suppress(IndexError, ProcessLookupError):
@@ -105,7 +147,7 @@ def load(server: Server) -> Iterator[list[Client]]:
     orders: list[object] = []
     clients = [Client(server.browser(), server.browser(shared.cookies), orders=orders) for _ in range(CLIENTS)]
     for client in clients:
-        client.browser.post("/create")
+        assert client.request(client.browser, "POST", "/create")
     stop = threading.Event()
     threads = [threading.Thread(target=client.run, args=(stop,)) for client in clients]
     for thread in threads:

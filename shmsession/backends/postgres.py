@@ -269,7 +269,10 @@ def _names(table: str) -> dict[str, str]:
 
 def _row(values: tuple[Any, ...]) -> Row:
     handle, state, *rest = values
-    return Row(handle, State(state), *rest)
+    try:
+        return Row(handle, State(state), *rest)
+    except ValueError:
+        raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it") from None
 
 
 def _mark(state: int | None, epoch: int, version: int) -> Mark | None:

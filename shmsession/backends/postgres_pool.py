@@ -85,7 +85,7 @@ class Pool:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._pool.close(timeout=self._timeout)
+        await self._pool.close(timeout=min(self._timeout, 0.5))
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:

@@ -6,6 +6,7 @@ here because the database had said so, would live again. A batch is one transact
 """
 
 import asyncio
+import math
 import os
 import re
 import sqlite3
@@ -66,7 +67,7 @@ class SQLiteBackend:
         table, timeout = query.get("table", table), _number(query.get("timeout", timeout))
         if not _IDENTIFIER.fullmatch(table):
             raise ConfigError(f"table {table!r}: write letters, digits and _, at most 41, no digit first")
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise ConfigError("timeout: write seconds, more than 0")
         self.path = Path(file).absolute()
         self._sql = Statements(table)
@@ -226,7 +227,8 @@ class SQLiteBackend:
         for start in range(0, len(rows), _VALUES):
             handles = [row.handle for row in rows[start : start + _VALUES]]
             for handle, state, epoch, version, horizon in self._fetch(db, self._sql.stored(len(handles)), *handles):
-                found[handle] = Mark(State(state), epoch, version), horizon
+                known = state if state in (State.LIVE, State.DEAD) else State.ERASED  # a damaged row stops no batch
+                found[handle] = Mark(State(known), epoch, version), horizon
         return found
 
     def _sweep(self, db: sqlite3.Connection, now: int, limit: int) -> int:

@@ -3,7 +3,7 @@
 import os
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shmsession import _native
 
@@ -11,6 +11,10 @@ try:
     import posix_ipc
 except ImportError:  # no wheel for this platform: polling
     posix_ipc = None
+
+
+_MANY: Final = 64
+"""No ringer leaves so many rings: such a bell would ring for ever, and is replaced."""
 
 
 class Doorbell:
@@ -52,6 +56,8 @@ class Doorbell:
             return False
         try:
             semaphore.acquire(seconds)
+            if semaphore.value > _MANY:
+                self.remove()
         except (posix_ipc.Error, OSError):
             return False
         else:
