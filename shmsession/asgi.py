@@ -32,7 +32,6 @@ class SessionMiddleware:
     def __init__(self, app: App, store: SessionStore | None = None, *, skip: Rule = (), readonly: Rule = ()) -> None:
         self.app = app
         self.store = store or SessionStore()
-        self._fetches = self.store.is_persistent
         self._skip = matcher(skip)
         self._readonly = matcher(readonly)
 
@@ -51,7 +50,7 @@ class SessionMiddleware:
             return
         readonly = self._readonly is not None and self._readonly(scope["path"])
         credential: Any = partial(_cookie_header, scope["headers"])
-        if self._fetches:
+        if self.store.is_persistent:
             credential = await self.store.prefetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
         scope["session"] = scope[ENVIRON_KEY] = session
@@ -167,7 +166,10 @@ def _cookie_header(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: SessionStore) -> Message:
     if outcome.set_cookie is not None:
         store.note_scheme(scope.get("scheme", "http"))
-    return {**message, "headers": with_session_headers(list(message.get("headers", ())), outcome.set_cookie)}
+    headers = message.get("headers", ())
+    if type(headers) is not list:
+        headers = list(headers)
+    return {**message, "headers": with_session_headers(headers, outcome.set_cookie)}
 
 
 async def _unavailable(send: Send, error: StoreError) -> None:

@@ -47,6 +47,7 @@ class Committer(ABC):
     clock: Clock
     hooks: Hooks
     _touch_interval: int
+    is_persistent: bool
     writes_through: bool
     _next_sweep = 0
 
@@ -68,15 +69,9 @@ class Committer(ABC):
         """Where records are."""
         ...
 
-    @property
-    @abstractmethod
-    def is_persistent(self) -> bool:
-        """Whether a backend keeps sessions beyond this machine's memory."""
-        ...
-
     @abstractmethod
     def wrote(self) -> None:
-        """See to it that what was just committed is flushed, where there is a backend, by this process if need be."""
+        """See to it that what was just committed is flushed, by this process if need be."""
         ...
 
     @abstractmethod
@@ -152,7 +147,8 @@ class Committer(ABC):
             self._renew(session, session.record, changes, now)
         else:
             self._update(session, session.record, changes, now)
-        self.wrote()
+        if self.is_persistent:
+            self.wrote()
         if self.writes_through and session.raw_handle is not None and not changes.is_touch:
             session.wait_for(session.raw_handle)
         if now >= self._next_sweep:

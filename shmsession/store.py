@@ -103,6 +103,8 @@ class SessionStore(Committer):
             if backend is not None:
                 raise
             raise ConfigError(f"{PREFIX}BACKEND: {error}") from error
+        self.is_persistent = self._backend is not None
+        """Whether a backend keeps sessions beyond this machine's memory."""
         self._memory: MemoryStore | None = None
         self._behind: Behind | None = None
         self._check_keys()
@@ -187,11 +189,6 @@ class SessionStore(Committer):
     def check(self) -> None:
         """Raise what would stop the start, as far as it can be told without opening the store: UnsafeStore."""
         os.close(open_directory(self.config.directory or default_directory()))
-
-    @property
-    def is_persistent(self) -> bool:
-        """Whether a backend keeps sessions beyond this machine's memory."""
-        return self._backend is not None
 
     @property
     def behind(self) -> Behind:
@@ -320,7 +317,7 @@ class SessionStore(Committer):
 
     def wrote(self) -> None:
         """See `Committer.wrote`."""
-        if self._backend is not None:
+        if self.is_persistent:
             self.behind.see_to_it()
 
     def refill(self, handle: bytes) -> bool:
