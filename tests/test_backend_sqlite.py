@@ -496,7 +496,8 @@ def others_file(path: Path, mode: int, directory: int) -> Iterator[None]:
         yield
     finally:
         path.parent.chmod(0o700)
-        path.chmod(0o600)
+        for file in path.parent.glob(f"{path.name}*"):  # SQLite gives its log the file's mode
+            file.chmod(0o600)
 
 
 def as_somebody(work: Callable[[], T]) -> T:
