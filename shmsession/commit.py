@@ -190,6 +190,8 @@ class Committer(ABC):
             self._drop(session, changes, now)
         else:
             session.wait_for(old)
+            if self.writes_through:  # also when nothing was stored but the user
+                session.wait_for(new)
             session.committed(secret, new, found, changes)
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
