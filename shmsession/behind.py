@@ -17,7 +17,7 @@ from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreErro
 from .flusher import BACKOFF_MS, Flusher, is_down, ring
 from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
-from .record import Record, unpack_header
+from .record import Record
 from .rows import Rows
 
 logger = logging.getLogger("shmsession")
@@ -215,11 +215,7 @@ class Behind:
 
     def is_clean(self, handles: Iterable[bytes]) -> bool:
         """Whether none of these waits for the backend."""
-        for handle in handles:
-            raw = self._environment.get(handle)
-            if raw is not None and unpack_header(raw).dirty_seq:
-                return False
-        return True
+        return not any(self._memory.outbox.holds(handle) for handle in handles)
 
     def wait(self, handles: tuple[bytes, ...], seconds: float) -> bool:
         """Until the backend has them, for so long at most; whether it has. Blocks this thread."""

@@ -8,9 +8,9 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from . import _native
 from .backends.base import Answer, Backend, Row, State
@@ -22,7 +22,7 @@ from .memory.doorbell import Doorbell
 from .memory.environment import Environment
 from .memory.outbox import Dirty
 from .memory.store import MemoryStore
-from .record import TOMBSTONE
+from .record import NO_PLACE, TOMBSTONE
 from .rows import Rows
 from .sentinel import Neighbour, Overtaken, Recall, Sentinel
 
@@ -31,6 +31,8 @@ logger = logging.getLogger("shmsession")
 BATCH: Final = 500
 BATCH_BYTES: Final = 1 << 20
 """So many rows are sent at once, or fewer of about so many bytes: a slow connection must carry them in time."""
+PIECE: Final = 100
+"""So many are read and made rows in one go."""
 BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
@@ -44,6 +46,14 @@ PAUSE_SECONDS: Final = 0.02
 """How often it is asked whether somebody rang, where no bell can be heard, and while somebody waits for the outbox."""
 RING_SECONDS: Final = 1.0
 """How often somebody who waits for the outbox rings."""
+
+
+class _Ahead(NamedTuple):
+    """What was read to be sent: of places up to `until`, when so many losses were known."""
+
+    rows: list[tuple[Dirty, Row]]
+    until: bytes
+    losses: int
 
 
 class Flusher:
@@ -73,6 +83,9 @@ class Flusher:
         self._last_look = 0
         self._failures = 0
         self._batch = BATCH
+        self._ahead: _Ahead | None = None
+        self._beside: Callable[[Coroutine[Any, Any, _Ahead | None]], asyncio.Task[_Ahead | None]] = asyncio.create_task
+        """Lets something run while something else is waited for."""
         self._next_sweep = 0
         self._next_retire = 0
         self._retired_to = b""
@@ -135,11 +148,12 @@ class Flusher:
         """Send what waits, and keep house; a backend's failure is told, and leaves it for later. Raises StoreError."""
         if is_down(self._environment, self._clock):
             return
+        self._ahead = None
         try:
             while self.holds_lease and await self.round() == BATCH:
                 pass
             await self._keep_house()
-            if self.holds_lease and self._outbox.ends()[0] >= 0 and not self._outbox.oldest(1):
+            if self.holds_lease and self._outbox.ends() and not self._outbox.oldest(1):
                 self._yields_until = self._clock.boot() + 2 * BEAT_MS  # who has the Key is to have a chance
                 self.holds_lease = False
                 self._lease.release()
@@ -180,9 +194,9 @@ class Flusher:
         """
         loop = asyncio.get_running_loop()
         end, next_ring = loop.time() + seconds, 0.0
-        last, recalled = self._outbox.ends()[1], self._recall.count
+        last, recalled = self._newest(), self._recall.count
         try:
-            while 0 <= self._outbox.ends()[0] <= last or not self._recall.is_done:
+            while self._waits(last) or not self._recall.is_done:
                 left = end - loop.time()
                 if left <= 0:
                     return False
@@ -195,13 +209,23 @@ class Flusher:
                     next_ring = loop.time() + RING_SECONDS
                     ring(self._bell, self._environment)
                 if self._recall.count != recalled:
-                    last, recalled = self._outbox.ends()[1], self._recall.count
+                    last, recalled = self._newest(), self._recall.count
                 if not sent:  # what is left is for others, in their hands, or has to wait
                     await asyncio.sleep(min(left, PAUSE_SECONDS))
             return True
         finally:
             with contextlib.suppress(ShmSessionError):
                 self._lease.release()
+
+    def _newest(self) -> bytes:
+        """The place of the newest commit that waits."""
+        ends = self._outbox.ends()
+        return ends[1] if ends else NO_PLACE
+
+    def _waits(self, last: bytes) -> bool:
+        """Whether a commit waits whose place is `last` or older."""
+        ends = self._outbox.ends()
+        return ends is not None and ends[0] <= last
 
     async def _drain_round(self, seconds: float) -> int:
         try:
@@ -225,22 +249,60 @@ class Flusher:
             self._sentinel.greeted = None
         if await self._sentinel.greet():
             self._last_look = self._clock.boot()
+        losses, limit = self._outbox.losses(), self._batch
         await self._recall.put_back(BATCH)
-        limit = self._batch
-        waiting = self._outbox.oldest(limit, BATCH_BYTES)
-        dead = [dirty for dirty in waiting if dirty.record.header.flags & TOMBSTONE]
-        rest = [dirty for dirty in waiting if not dirty.record.header.flags & TOMBSTONE]
-        # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
-        for batch in (dead, rest):
-            if batch:
-                await self._send(batch)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.losses != self._outbox.losses() or not self._recall.is_done:
+            ahead = await self._read(losses, limit, NO_PLACE, self._newest())
+        waiting = ahead.rows
+        full = len(waiting) >= limit or sum(len(dirty.record.raw) for dirty, _ in waiting) >= BATCH_BYTES
+        reading = None
+        if full and self._recall.is_done:  # read on while the backend writes
+            last = waiting[-1][0].record.place
+            reading = self._beside(self._read_ahead(losses, min(BATCH, limit * 2), last, ahead.until))
+        try:
+            # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
+            for dead in (True, False):
+                batch = [pair for pair in waiting if bool(pair[0].record.header.flags & TOMBSTONE) == dead]
+                if batch:
+                    await self._send(batch)
+            if reading is not None:
+                self._ahead = await reading
+        finally:
+            if reading is not None:
+                reading.cancel()
         self._batch = min(BATCH, limit * 2)
-        full = len(waiting) == limit or sum(len(dirty.record.raw) for dirty in waiting) >= BATCH_BYTES
         return BATCH if full or (waiting and not self._recall.is_done) else len(waiting)
 
-    async def _send(self, batch: Sequence[Dirty]) -> None:
+    async def _read(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead:
+        """What is to be sent next, of places behind `after`, a piece at a time: others have their turn in between.
+
+        Not beyond `until`, the newest when the reading began: of a session that is renewed meanwhile, the end may
+        have a place that was passed, and its new row, which waits behind `until`, must not be sent before that.
+        """
+        rows: list[tuple[Dirty, Row]] = []
+        size = BATCH_BYTES
+        while len(rows) < limit and size > 0:
+            piece = self._outbox.oldest(min(PIECE, limit - len(rows)), size, after, until)
+            if not piece:
+                break
+            rows.extend((dirty, self._rows.row_of(dirty)) for dirty in piece)
+            size -= sum(len(dirty.record.raw) for dirty in piece)
+            after = piece[-1].record.place
+            await asyncio.sleep(0)
+        return _Ahead(rows, until, losses)
+
+    async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
+        """The same; None when nothing is left there, or it cannot be read now."""
+        try:
+            ahead = await self._read(losses, limit, after, until)
+        except ShmSessionError:
+            return None
+        return ahead if ahead.rows else None
+
+    async def _send(self, batch: Sequence[tuple[Dirty, Row]]) -> None:
         losses, sentinel = self._outbox.losses(), self._sentinel.next()
-        rows = [*(self._rows.row_of(dirty) for dirty in batch), *sentinel]
+        rows = [*(row for _, row in batch), *sentinel]
         answers = await self._backend.write(rows)
         if len(answers) != len(rows):
             raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
@@ -249,15 +311,15 @@ class Flusher:
         self._environment.backend_down_until = 0
         if sentinel:
             self._sentinel.look_at(answers[-1], *sentinel)
-        self._take(batch, rows, answers, losses)
+        self._take(batch, answers, losses)
         self._environment.counters.add("batches")
         self._environment.counters.add("rows", len(batch))
         self._hooks.emit(Flushed(len(batch)))
 
-    def _take(self, batch: Sequence[Dirty], rows: Sequence[Row], answers: Sequence[Answer], losses: int) -> None:
+    def _take(self, batch: Sequence[tuple[Dirty, Row]], answers: Sequence[Answer], losses: int) -> None:
         """Act on the answer for each row. `losses`: how many were known before they were sent."""
         done, unexplained = [], False
-        for dirty, row, answer in zip(batch, rows, answers, strict=False):
+        for (dirty, row), answer in zip(batch, answers, strict=False):
             if answer.applied or answer.before == row.mark:
                 done.append(dirty)
             elif answer.before is None:

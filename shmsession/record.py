@@ -42,8 +42,11 @@ pack_plain: Final = _plain_packer()
 """MessagePack of what needs no extension and not much memory, which a packer keeps. One packer serves all threads:
 packing such values runs no Python code, so that the GIL is held throughout."""
 
-_LAYOUT = struct.Struct(">BB4sQQQQQQQQQ8s")
+_LAYOUT = struct.Struct(">BB4sQQQQQQQQ8s")
 HEADER_BYTES: Final = _LAYOUT.size
+KEY_ID_AT: Final = 2
+PLACE_BYTES: Final = 8
+NO_PLACE: Final = bytes(PLACE_BYTES)
 
 
 class Header(NamedTuple):
@@ -54,7 +57,6 @@ class Header(NamedTuple):
     key_id: bytes
     epoch: int
     version: int
-    dirty_seq: int
     created: int
     last_seen: int
     idle_expiry: int
@@ -70,7 +72,7 @@ class Header(NamedTuple):
 
 
 class Record:
-    """A record as stored: `raw` is all of it, MAC included. Equal bytes, equal records."""
+    """A record as stored: `raw` is all of it: header, data, MAC, place. Equal bytes, equal records."""
 
     __slots__ = ("_values", "data", "header", "raw")
 
@@ -79,6 +81,15 @@ class Record:
         self.header = header
         self.data = data
         self._values = values
+
+    @property
+    def place(self) -> bytes:
+        """Its place in the outbox when it was last put there; whether it still waits there is the outbox's to say."""
+        return self.raw[-PLACE_BYTES:]
+
+    def placed(self, place: bytes) -> "Record":
+        """The same at another place. That is not sealed: whoever changes only that need not seal the rest anew."""
+        return Record(self.raw[:-PLACE_BYTES] + place, self.header, self.data, self._values)
 
     def split(self) -> Data:
         """The data's encoded values by key; none of them is decoded. Not to be changed: copy it first."""
@@ -192,7 +203,7 @@ def first_header(
     flags = _with(flags, STORABLE, changes.storable is not False)
     flags = _with(flags, LONGTERM, changes.longterm)
     idle, absolute = lifetimes.idle_expiry(now, flags), lifetimes.deadline(now)
-    return Header(FORMAT, flags, key_id, epoch, 1, 0, now, now, idle, absolute, min(idle, absolute), boot, user_tag)
+    return Header(FORMAT, flags, key_id, epoch, 1, now, now, idle, absolute, min(idle, absolute), boot, user_tag)
 
 
 def next_header(
@@ -212,8 +223,8 @@ def next_header(
         horizon = max(horizon, min(idle, header.absolute))
     newest = epoch if epoch > header.epoch else header.epoch  # noqa: FURB136  # a fifth of max()'s time
     return Header(
-        FORMAT, flags, key_id, newest, header.version + 1, header.dirty_seq, header.created,
-        last_seen, idle, header.absolute, horizon, boot, header.user_tag,
+        FORMAT, flags, key_id, newest, header.version + 1, header.created, last_seen, idle, header.absolute, horizon,
+        boot, header.user_tag,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from .backends.base import FOREVER, Mark, Row, State
 from .errors import BackendError, Unreadable
 from .keyring import KEY_ID_BYTES, Keyring
 from .memory.outbox import Dirty
-from .record import FORMAT, HEADER_BYTES, NO_TAG, STORABLE, TOMBSTONE, Header, pack_header, split, unpack_header
+from .memory.seal import TAIL_BYTES
+from .record import FORMAT, HEADER_BYTES, KEY_ID_AT, NO_TAG, STORABLE, TOMBSTONE, Header, split, unpack_header
 
 _PLAIN: Final = b"\x00"
 _SEALED: Final = b"\x01"
@@ -40,7 +41,8 @@ class Rows:
         if state is not State.LIVE:
             return Row(handle, state, header.epoch, header.version, horizon)
         user = b"" if header.user_tag == NO_TAG else header.user_tag
-        plain = pack_header(header._replace(key_id=_NO_KEY, dirty_seq=0)) + record.data
+        raw = record.raw
+        plain = raw[:KEY_ID_AT] + _NO_KEY + raw[KEY_ID_AT + KEY_ID_BYTES : -TAIL_BYTES]
         return Row(handle, state, header.epoch, header.version, horizon, user, self._close(handle, plain))
 
     def session_in(self, row: Row) -> Loaded:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
-from .backends.base import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State
+from .backends.base import FOREVER, SENTINEL, Answer, Backend, Row, State
 from .clock import Clock
 from .errors import BackendError, StoreFull
 from .hooks import BackendForgot, Hooks
@@ -85,11 +85,12 @@ class Sentinel:
         return True
 
     async def _take_over(self) -> None:
+        known = self._environment.epoch, self._outbox.note(_BEAT)  # before: another flusher may go on meanwhile
         found = await self._backend.load(SENTINEL)
         ours = found is not None and self._is_ours(found)
         if found is not None and not ours and found.epoch >= self._environment.epoch:
             self._environment.raise_epoch(found.epoch + 1)
-        lost = found is None or not ours or self._is_older(found.mark) or found.horizon < FOREVER
+        lost = found is None or not ours or (found.epoch, found.version) < known or found.horizon < FOREVER
         if lost:
             self._note_loss()
         beat = max(self._outbox.note(_BEAT), 0 if found is None or not ours else found.version) + 1
@@ -115,9 +116,6 @@ class Sentinel:
 
     def _note_loss(self) -> None:
         self._outbox.raise_note(LOSSES, self._outbox.losses() + 1)
-
-    def _is_older(self, sentinel: Mark) -> bool:
-        return (sentinel.epoch, sentinel.version) < (self._environment.epoch, self._outbox.note(_BEAT))
 
     def _is_ours(self, sentinel: Row) -> bool:
         """Whether this incarnation wrote it. Raises Neighbour when another store, that is alive, did."""

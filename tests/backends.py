@@ -85,6 +85,20 @@ class Running(Generic[T]):
         self._work.close()
 
 
+class Eager(Generic[T]):
+    """What stands for a task beside another: it runs to its end before that goes on, so that what it has is stale."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._result = Running(work).finish()
+
+    def __await__(self) -> Generator[object, None, T]:
+        yield None
+        return self._result
+
+    def cancel(self) -> None:
+        """It has ended."""
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """From begin to end, with nobody else running."""
     return Running(work).finish()
@@ -278,9 +292,11 @@ class Host:
     def flusher(self, clock: Clock | None = None, **settings: Any) -> Flusher:
         """A candidate, as another process would run it too."""
         options: dict[str, Any] = {"interval": 1.0, "memory_lifespan": HOUR, **settings}
-        return Flusher(
+        flusher = Flusher(
             self.memory, self.backend, self.rows, clock or self.clock, Hooks([self.events.append]), **options
         )
+        flusher._beside = Eager  # type: ignore[assignment]
+        return flusher
 
     def flush(self, flusher: Flusher | None = None) -> None:
         """Rounds, until nothing waits and the sentinel has been looked at."""

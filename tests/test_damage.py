@@ -21,7 +21,7 @@ from shmsession.errors import StoreError
 from shmsession.hooks import Event, Quarantined
 from shmsession.memory import salvage
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.memory.tables import Tables, index
+from shmsession.memory.tables import Tables, index, sequence_key
 from shmsession.record import Changes, Record
 from tests.figures import SEED, report, rng, size
 from tests.memory import (
@@ -39,6 +39,7 @@ from tests.memory import (
     memory_store,
     put_meta,
     put_raw,
+    spoilt,
     value_of,
     waiting,
 )
@@ -155,7 +156,7 @@ def _value(random: Random) -> Any:
     return Changes(set={"v": encode(random.randbytes(random.choice((10, 300, 900, 3000))), "v")})
 
 
-def _walked_in_a_fork(environment: Path, direction: str) -> tuple[bytes, bool]:
+def _walked_in_a_fork(environment: Path, table: str, direction: str) -> tuple[bytes, bool]:
     """What `salvage._walked` does, in a process that is forked and not started anew."""
     listening, saying = os.pipe()
     pid = os.fork()
@@ -167,7 +168,7 @@ def _walked_in_a_fork(environment: Path, direction: str) -> tuple[bytes, bool]:
             os.dup2(saying, 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.stdout = os.fdopen(1, "w", closefd=False)
-            salvage._walk(str(environment), direction)
+            salvage._walk(str(environment), table, direction)
             status = 0
         finally:
             os._exit(status)
@@ -485,7 +486,7 @@ def test_rows_of_an_index_that_lead_nowhere_harm_nothing(place: Path) -> None:
         create(store, handle(2), "b")
         header = header_of(store, handle(1))
         assert header is not None
-        lost = header._replace(idle_expiry=1, dirty_seq=0)
+        lost = header._replace(idle_expiry=1)
         outbox = contents(store).outbox
 
         def work(txn: lmdb.Transaction, tables: Tables) -> None:
@@ -509,8 +510,8 @@ def test_a_corrupt_record_takes_nobody_s_place_in_the_outbox(place: Path) -> Non
         create(store, handle(2), "b")
         header, (_, (place_of_2, _)) = header_of(store, handle(1)), store.outbox.rows()
         assert header is not None
-        lying = store._seal.close(handle(1), header._replace(dirty_seq=place_of_2), b"")
-        put_raw(store, handle(1), lying.raw[:-1] + bytes([lying.raw[-1] ^ 1]))
+        lying = store._seal.close(handle(1), header, b"", place=sequence_key(place_of_2))
+        put_raw(store, handle(1), spoilt(lying.raw))
         found = header_of(store, handle(2))
         assert found is not None
         store.fill(handle(1), found, b"", SystemClock().boot())

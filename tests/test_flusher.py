@@ -26,7 +26,7 @@ from tests.backends import AFTER, BEFORE, FEWER, HALF, Host, MemoryBackend, Runn
 from tests.memory import handle, waiting
 
 A, B, C = handle(1), handle(2), handle(3)
-STEPS = 12
+STEPS = 16
 """More pauses than a round makes: tests that cut one go through all of them."""
 
 
@@ -197,7 +197,7 @@ def test_trouble_with_the_memory_is_not_taken_for_trouble_with_the_backend(place
         host.create(A)
         flusher = host.flusher()
 
-        def full(limit: int, size: int) -> NoReturn:
+        def full(limit: int, size: int, *_: object) -> NoReturn:
             raise StoreFull(f"{limit} of them, {size} bytes, do not fit, by order")
 
         flusher._outbox.oldest = full  # type: ignore[method-assign, assignment]

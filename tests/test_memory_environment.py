@@ -509,4 +509,4 @@ def test_every_clock_of_a_new_store_is_noted(base: Path) -> None:
     with closing(memory_store(base, clock)) as store:
         assert store.environment.epoch == clock.now()
         meta = contents(store).meta
-    assert meta.keys() == {b"format", b"epoch", b"uuid", b"size", b"check", b"clock", b"sequence"}
+    assert meta.keys() == {b"format", b"epoch", b"uuid", b"size", b"check", b"clock"}

@@ -14,16 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shmsession.codec import encode
 from shmsession.errors import SessionTooLarge, Unreadable
 from shmsession.hooks import Event, RecordCorrupt
-from shmsession.keyring import Key, Keyring
-from shmsession.memory.seal import RecordSeal
+from shmsession.keyring import MAC_BYTES, Key, Keyring
+from shmsession.memory.seal import TAIL_BYTES, RecordSeal
 from shmsession.memory.store import Conflict, MemoryStore, Missing
 from shmsession.memory.tables import sequence_moment
 from shmsession.record import (
     AUTHENTICATED,
     LONGTERM,
+    NO_PLACE,
     STORABLE,
     TOMBSTONE,
     USER_KEY,
+    WITHDRAWN,
     Changes,
     DataKey,
     Header,
@@ -350,9 +352,8 @@ def test_a_wrong_mac_is_counted_never_served_and_says_unknown(
     store: MemoryStore, clock: ManualClock, events: list[Event]
 ) -> None:
     base = created(store, clock, n=1)
-    for position in (0, 1, 20, len(base.raw) // 2, len(base.raw) - 1):
-        if position == 0:
-            continue  # the format's byte: another format is unreadable, not corrupt
+    mac = len(base.raw) - TAIL_BYTES
+    for position in (1, 20, mac // 2, mac - 1, mac, mac + MAC_BYTES - 1):  # 0 is the format's: unreadable, not corrupt
         events.clear()
         raw = bytearray(base.raw)
         raw[position] ^= 1
@@ -440,12 +441,12 @@ def test_a_rotated_key_reads_old_records_and_reseals_them_at_the_next_write(plac
 def test_a_dirty_record_keeps_its_first_place_in_the_outbox(backed: MemoryStore, clock: ManualClock) -> None:
     base = created(backed, clock, n=0)
     created(backed, clock, B, n=0)
-    for number in range(5):
-        updated = backed.update(A, base, sets(n=number), clock.now())
+    for n in range(5):
+        updated = backed.update(A, base, sets(n=n), clock.now())
         assert isinstance(updated, Record)
         base = updated
     assert waiting(backed) == [A, B]
-    assert base.header.dirty_seq == backed.outbox.rows()[0][0]
+    assert int.from_bytes(base.place) == backed.outbox.rows()[0][0]
     backed.destroy(A, clock.now())
     assert waiting(backed) == [A, B]
     backed.renew(B, C, created(backed, clock, handle(8)), Changes(), clock.now(), None, login=False)
@@ -593,7 +594,7 @@ def test_with_a_backend_nothing_that_changed_within_60_s_is_forgotten(place: Pat
 def _filled(store: MemoryStore, clock: ManualClock, key: bytes = A, **changes: Any) -> Record:
     """A clean record, as a backend gave it."""
     header = Header(
-        1, STORABLE, KEYRING.newest_id, store.environment.epoch, 1, 0, clock.now(), clock.now(), clock.now() + HOUR,
+        1, STORABLE, KEYRING.newest_id, store.environment.epoch, 1, clock.now(), clock.now(), clock.now() + HOUR,
         2**63 - 1, clock.now() + HOUR, 0, bytes(8),
     )._replace(**changes)  # fmt: skip
     record = store.fill(key, header, b"", clock.boot())
@@ -605,8 +606,7 @@ def _filled(store: MemoryStore, clock: ManualClock, key: bytes = A, **changes: A
 
 
 def test_a_fill_is_clean_and_indexed(backed: MemoryStore, clock: ManualClock) -> None:
-    record = _filled(backed, clock, dirty_seq=77, user_tag=b"12345678", flags=STORABLE | AUTHENTICATED)
-    assert record.header.dirty_seq == 0
+    record = _filled(backed, clock, user_tag=b"12345678", flags=STORABLE | AUTHENTICATED)
     assert waiting(backed) == []
     assert len(check_tables(backed).users) == 1
     assert backed.load(A, clock.now()) == record
@@ -732,7 +732,7 @@ def test_with_a_backend_what_it_has_goes_first_and_nothing_dirty_or_memory_only_
     created(backed, clock, handle(3))
     backed.create(handle(4), Changes(storable=False), clock.now())
     backed.create(handle(5), Changes(set={USER_KEY: ADA}, storable=False), clock.now())
-    assert clean.header.dirty_seq == 0
+    assert clean.place == NO_PLACE
     clock.advance(100)
     gone: list[bytes] = []
     before = contents(backed).records.keys()
@@ -817,6 +817,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.live: dict[bytes, Record] = {}
         self.dead: dict[bytes, tuple[Missing, int]] = {}
         self.successors: dict[bytes, bytes] = {}
+        self.waiting: set[bytes] = set()
+        self.places: dict[bytes, int] = {}
         self.loaded: list[tuple[bytes, Record]] = []
         self.store.environment.open()
         self.txn = transactions(self.store)
@@ -839,8 +841,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Whether a tombstone has said long enough what it says; one that a backend has not heard of never has."""
         if key not in self.dead or self.clock.boot() - self.dead[key][1] < 60_000:
             return False
-        header = header_of(self.store, key)
-        return header is not None and not header.dirty_seq
+        return key not in self.waiting
 
     def _expected(self, key: bytes) -> Record | Missing:
         if key in self.dead:
@@ -856,6 +857,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.live[key] = record
         self.loaded.append((key, record))
 
+    def _told(self, key: bytes, flags: int) -> None:
+        """What the backend must hear of waits from now on, if it did not."""
+        if self.backend and flags:
+            self.waiting.add(key)
+
     @rule(key=HANDLES, changes=CHANGES)
     def create(self, key: bytes, changes: Changes) -> None:
         record = self.store.create(key, changes, self.clock.now())
@@ -863,6 +869,7 @@ class AnyOrder(RuleBasedStateMachine):
         if record is not None:
             assert record.split() == changes.set
             self._keep(key, record)
+            self._told(key, record.header.flags & STORABLE)
         self._took(1)
 
     @rule(key=HANDLES)
@@ -893,13 +900,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert answer.split() == changes.merged(expected.split())
             assert answer.header.version == expected.header.version + 1
             assert answer.header.horizon >= max(expected.header.horizon, answer.header.expires)
-            if expected.header.dirty_seq:
-                assert answer.header.dirty_seq == expected.header.dirty_seq
-            elif self.backend and (answer.header.flags | expected.header.flags) & STORABLE:
-                assert answer.header.dirty_seq > 0
-            else:
-                assert answer.header.dirty_seq == 0
             self._keep(key, answer)
+            self._told(key, (answer.header.flags | expected.header.flags) & STORABLE)
         self._took(1)
 
     @precondition(lambda self: self.loaded)
@@ -922,6 +924,7 @@ class AnyOrder(RuleBasedStateMachine):
             if not login:
                 self.successors[key] = new
             self._keep(new, answer)
+            self._told(new, answer.header.flags & STORABLE)
         self._took(1)
 
     def _bury(self, key: bytes, why: Missing) -> None:
@@ -931,6 +934,7 @@ class AnyOrder(RuleBasedStateMachine):
         header = header_of(self.store, key)
         assert header is not None
         assert header.horizon == horizon
+        self._told(key, header.flags & (STORABLE | WITHDRAWN))
 
     @rule(key=HANDLES)
     def destroy(self, key: bytes) -> None:
@@ -943,6 +947,7 @@ class AnyOrder(RuleBasedStateMachine):
             self._bury(target, Missing.DEAD)
         elif target not in self.dead:
             self.dead[target] = (Missing.DEAD, self.clock.boot())
+            self._told(target, STORABLE if known else 0)
         self._took(1)
 
     @precondition(lambda self: self.loaded)
@@ -961,13 +966,12 @@ class AnyOrder(RuleBasedStateMachine):
         elif key in self.dead or self._expired(key):
             assert answer is expected
         elif known is not None and (
-            known.header.dirty_seq or (known.header.epoch, known.header.version) >= (header.epoch, header.version)
+            key in self.waiting or (known.header.epoch, known.header.version) >= (header.epoch, header.version)
         ):
             assert answer == known
         else:
             assert isinstance(answer, Record)
             assert answer.split() == base.split()
-            assert answer.header.dirty_seq == 0
             self._keep(key, answer)
         self._took(1)
 
@@ -979,11 +983,12 @@ class AnyOrder(RuleBasedStateMachine):
         for key in before - self._all():
             if key in self.live:
                 assert self._expired(key)
-                assert not self.live.pop(key).header.dirty_seq
+                assert key not in self.waiting
+                self.live.pop(key)
             else:
                 assert self.clock.boot() - self.dead.pop(key)[1] >= 60_000
                 self.successors.pop(key, None)
-        for key in [key for key, record in self.live.items() if record.header.dirty_seq and self._expired(key)]:
+        for key in [key for key in self.live if key in self.waiting and self._expired(key)]:
             header = header_of(self.store, key)
             assert header is not None
             if header.flags & TOMBSTONE:
@@ -999,8 +1004,18 @@ class AnyOrder(RuleBasedStateMachine):
         for key in went:
             header = self.live.pop(key).header
             assert self.clock.boot() - header.changed >= 60_000
-            assert not header.dirty_seq
+            assert key not in self.waiting
             assert not header.flags & AUTHENTICATED or (self.backend and header.flags & STORABLE)
+        self._took(1)
+
+    @rule(count=st.integers(1, 5))
+    def acknowledge(self, count: int) -> None:
+        sent = self.store.outbox.oldest(count)
+        assert [dirty.handle for dirty in sent] == sorted(self.waiting, key=lambda key: self.places[key])[:count]
+        before = contents(self.store).records
+        self.store.outbox.acknowledge(sent)
+        assert contents(self.store).records == before, "what was acknowledged is still the same record"
+        self.waiting -= {dirty.handle for dirty in sent}
         self._took(1)
 
     @rule(seconds=st.sampled_from([1, 29, 61, 600, 3600, 90_000]))
@@ -1017,8 +1032,12 @@ class AnyOrder(RuleBasedStateMachine):
         for key, record in self.live.items():
             assert found.records[key] == record.raw
         assert self.store.count() == len(self.live)
-        if not self.backend:
-            assert found.outbox == {}
+        places = {key: place for place, key in found.outbox.items()}
+        assert places.keys() == self.waiting
+        for key, place in self.places.items():
+            if key in self.waiting:
+                assert places[key] == place, "whoever waits keeps its place, or a hot session would be starved"
+        self.places = places
 
 
 def _expecting(changes: Changes, raw: bytes | None) -> Changes:
@@ -1062,4 +1081,4 @@ def test_the_check_of_the_tables_can_fail(store: MemoryStore, clock: ManualClock
 
 def test_a_header_is_smaller_than_a_page_needs_for_four_records(store: MemoryStore, clock: ManualClock) -> None:
     base = created(store, clock)
-    assert len(base.raw) - len(base.data) <= struct.calcsize(">BB4sQQQQQQQQQ8s") + 16
+    assert len(base.raw) - len(base.data) <= struct.calcsize(">BB4sQQQQQQQQ8s") + 16 + 8

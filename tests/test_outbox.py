@@ -9,9 +9,9 @@ from shmsession.memory.outbox import CHUNK, Dirty
 from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import Missing
 from shmsession.memory.tables import Tables, Txn, sequence_key
-from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
+from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, Changes, Record
 from tests.backends import Host, run, sets
-from tests.memory import HOUR, check_tables, handle, header_of, put_raw, waiting
+from tests.memory import HOUR, check_tables, handle, header_of, put_raw, spoilt, waiting
 
 A, B, C = handle(1), handle(2), handle(3)
 
@@ -61,12 +61,27 @@ def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:
     assert waiting(host.memory) == [A]
 
 
+def test_a_record_whose_place_is_damaged_gets_another(host: Host) -> None:
+    """The place is not sealed; what was committed reaches the backend all the same."""
+    host.create(A, v=1)
+    host.create(B)
+    raw = host.memory.environment.get(A)
+    assert raw is not None
+    for damaged in (raw[:-1] + bytes([raw[-1] ^ 1]), raw[:-PLACE_BYTES] + NO_PLACE, raw[:-PLACE_BYTES] + b"\xff" * 8):
+        put_raw(host.memory, A, damaged)
+        host.memory.outbox.oldest(10)
+        assert sorted(waiting(host.memory)) == [A, B]
+        check_tables(host.memory)
+    host.flush()
+    assert host.backend.rows.keys() >= {A, B}
+
+
 def test_a_corrupt_record_is_not_sent_and_stops_nobody(host: Host) -> None:
     host.create(A)
     host.create(B)
     raw = host.memory.environment.get(A)
     assert raw is not None
-    put_raw(host.memory, A, raw[:-1] + bytes([raw[-1] ^ 1]))
+    put_raw(host.memory, A, spoilt(raw))
     run(host.flusher().round())
     assert set(host.backend.sessions()) == {B}
     assert waiting(host.memory) == []
@@ -125,7 +140,7 @@ def test_a_newer_row_is_outnumbered_and_only_a_newer_one(
     assert isinstance(found, Record)
     assert (found.header.epoch - epoch, found.header.version) == expected
     assert found.data == record.data
-    assert found.header.dirty_seq == record.header.dirty_seq
+    assert found.place == record.place
 
 
 def test_what_does_not_wait_is_not_outnumbered(host: Host) -> None:

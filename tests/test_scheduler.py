@@ -18,7 +18,7 @@ from shmsession.codec import decode, encode
 from shmsession.errors import SessionGone
 from shmsession.memory.seal import RecordSeal
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.memory.tables import Tables, Txn, sequence_key
+from shmsession.memory.tables import Tables, Txn
 from shmsession.record import TOMBSTONE, Header, Record
 from shmsession.session import Session
 from shmsession.testing import ManualClock, make_store
@@ -88,13 +88,7 @@ class World:
         """The backend has it all: nothing is dirty any more."""
 
         def work(txn: Txn, tables: Tables) -> None:
-            for _, handle in list(txn.cursor(tables.outbox)):
-                raw = txn.get(handle, db=tables.records)
-                record = self.seal.open(bytes(handle), bytes(raw or b""))
-                assert record is not None
-                clean = self.seal.close(bytes(handle), record.header._replace(dirty_seq=0), record.data)
-                txn.put(handle, clean.raw, db=tables.records)
-                txn.delete(sequence_key(record.header.dirty_seq), db=tables.outbox)
+            txn.drop(tables.outbox, delete=False)
 
         if self.memory.environment.read(lambda txn, tables: txn.stat(tables.outbox)["entries"]):
             self.memory.environment.write(work)

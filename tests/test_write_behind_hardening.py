@@ -927,7 +927,7 @@ def test_a_drain_ends_though_commits_go_on(host: Host) -> None:
     asked = waiting(host.memory)
     assert asyncio.run(flusher.drain(PATIENCE))
     assert set(asked) <= set(host.backend.sessions())
-    assert len(waiting(host.memory)) == 1
+    assert 1 <= len(waiting(host.memory)) <= 2
     assert next(numbers) < 106, "it went on with what came meanwhile"
 
 

@@ -19,7 +19,7 @@ from lmdb.verify import VerifyError, verify
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull, UnsafeStore
-from shmsession.record import Header
+from shmsession.record import NO_PLACE, PLACE_BYTES, Header
 
 from . import place, salvage, structure
 from .tables import NAMES, Tables, Txn, clock_row, number, put, sequence_key
@@ -29,8 +29,8 @@ logger = logging.getLogger("shmsession")
 MAX_READERS: Final = 2048
 STORE_FORMAT: Final = 1
 
-Judge = Callable[[bytes, bytes], Header | None]
-"""The header of a salvaged record that is to be kept, or None."""
+Judge = Callable[[bytes, bytes, bool], Header | None]
+"""The header of a salvaged record that is to be kept, or None. Told whether it waits in the outbox."""
 
 
 class Salvaged(NamedTuple):
@@ -39,6 +39,7 @@ class Salvaged(NamedTuple):
     handle: bytes
     raw: bytes
     header: Header
+    waits: bool
 
 
 class Building:
@@ -111,13 +112,16 @@ class Building:
         aside = self.path / f"quarantine-{words[0]}"
         logger.error("the memory store %s is damaged (%s): kept as %s and rebuilt", self.path, problem, aside.name)
         whole: dict[bytes, Salvaged] = {}
+        outbox = salvage.outbox_in(self.data)
         for handle, raw in salvage.records_in(self.data):
-            header = self._judge(handle, raw) if len(handle) == 20 else None
+            place = raw[-PLACE_BYTES:]
+            waits = place != NO_PLACE and (outbox is None or outbox.get(place) == handle)
+            header = self._judge(handle, raw, waits) if len(handle) == 20 else None
             if header is None:
                 continue
             known = whole.get(handle)
             if known is None or (known.header.epoch, known.header.version) < (header.epoch, header.version):
-                whole[handle] = Salvaged(handle, raw, header)
+                whole[handle] = Salvaged(handle, raw, header, waits)
         for old in self.path.glob("quarantine-*"):
             shutil.rmtree(old, ignore_errors=True)
         try:
@@ -151,10 +155,10 @@ class Building:
             tables = Tables(*(env.open_db(name) for name in NAMES))
             with env.begin(write=True) as txn:
                 self._found(txn, tables, size, max((salvaged.header.epoch for salvaged in records), default=0))
-                for handle, raw, header in records:
+                for handle, raw, header, waits in records:
                     put(txn, tables, handle, raw, header)
-                last = max((salvaged.header.dirty_seq for salvaged in records), default=0)
-                txn.put(b"sequence", sequence_key(last), db=tables.meta)
+                    if waits:
+                        txn.put(raw[-PLACE_BYTES:], handle, db=tables.outbox)
         finally:
             env.close()
         new.rename(self._ready)

@@ -42,8 +42,8 @@ class Drafts:
         header = next_header(base.header, now, boot, changes, self._lifetimes, epoch, self._seal.key_id)
         if changes.set or changes.deleted or changes.cleared:
             values = changes.merged(base.split())
-            return self._seal.close(handle, header, self._joined(values), values)
-        return self._seal.close(handle, header, base.data, base.split())
+            return self._seal.close(handle, header, self._joined(values), values, base.place)
+        return self._seal.close(handle, header, base.data, base.split(), base.place)
 
     def moved(
         self, handle: bytes, base: Record, changes: Changes, now: int, boot: int, epoch: int, user: bytes | None, *,
@@ -61,7 +61,6 @@ class Drafts:
         header = header._replace(
             flags=flags,
             version=1,
-            dirty_seq=0,
             absolute=absolute,
             horizon=max(header.horizon, min(header.idle_expiry, absolute)),
             user_tag=NO_TAG if user is None else tag_of(user),
@@ -69,15 +68,20 @@ class Drafts:
         return self._seal.close(handle, header, self._joined(data), data)
 
     def tombstone(
-        self, handle: bytes, header: Header, now: int, boot: int, epoch: int, *, renewed: bool, successor: bytes
-    ) -> Record:
+        self, handle: bytes, header: Header, place: bytes, now: int, boot: int, epoch: int, *, renewed: bool,
+        successor: bytes,
+    ) -> Record:  # fmt: skip
         """What is left of a record. It remembers the horizon, until which a backend must know it."""
         dead = tombstone(header, now, boot, room.QUIET_MS, epoch, self._seal.key_id, renewed=renewed)
-        return self._seal.close(handle, dead, successor)
+        return self._seal.close(handle, dead, successor, place=place)
 
     def reheaded(self, handle: bytes, record: Record, header: Header) -> Record:
         """The same data under another header, sealed with the Key that it says."""
-        return self._seal.close(handle, header, record.data)
+        return self._seal.close(handle, header, record.data, place=record.place)
+
+    def placed(self, handle: bytes, record: Record, place: bytes) -> Record:
+        """The same at another place in the outbox."""
+        return self._seal.placed(handle, record, place)
 
     def _joined(self, data: Data) -> bytes:
         joined = join(data) if data else b""

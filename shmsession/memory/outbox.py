@@ -4,20 +4,21 @@ import sys
 from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
-from shmsession.errors import StoreFull
+from shmsession.errors import StoreFull, Unreadable
 from shmsession.ids import HANDLE_BYTES
-from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Record
+from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDRAWN, Record
 
 from . import room
 from .environment import Environment
 from .seal import RecordSeal
-from .tables import Tables, Txn, number, remove, sequence_key, sequence_moment
+from .tables import CROSSED, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
 from .writing import Writer
 
 CHUNK: Final = 50
 """So many records are sealed anew in one transaction: others wait for it."""
 
 
+LAST_PLACE: Final = b"\xff" * PLACE_BYTES
 LOSSES: Final = b"forgot"
 """The note that says how often the backend was found to have lost what it had acknowledged."""
 
@@ -44,6 +45,14 @@ class Outbox:
             lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
         )
 
+    def holds(self, handle: bytes) -> bool:
+        """Whether no backend has acknowledged this session's last commit."""
+
+        def work(txn: Txn, tables: Tables) -> bool:
+            return waits(txn, tables, handle, txn.get(handle, NO_PLACE, db=tables.records))  # type: ignore[arg-type]
+
+        return self._environment.read(work)
+
     def __len__(self) -> int:
         return self._environment.read(lambda txn, tables: int(txn.stat(tables.outbox)["entries"]))
 
@@ -57,34 +66,38 @@ class Outbox:
         since = self._environment.read(work)
         return 0 if since < 0 else max(0, self._clock.now() - since)
 
-    def ends(self) -> tuple[int, int]:
-        """The sequences of the oldest and the newest row; (-1, -1) when there is none."""
+    def ends(self) -> tuple[bytes, bytes] | None:
+        """The places of the oldest and the newest commit; None when there is none."""
 
-        def work(txn: Txn, tables: Tables) -> tuple[int, int]:
+        def work(txn: Txn, tables: Tables) -> tuple[bytes, bytes] | None:
             cursor = txn.cursor(tables.outbox)
             if not cursor.first():
-                return -1, -1
-            first = number(bytes(cursor.key()))
+                return None
+            first = bytes(cursor.key())
             cursor.last()
-            return first, number(bytes(cursor.key()))
+            return first, bytes(cursor.key())
 
         return self._environment.read(work)
 
-    def oldest(self, limit: int, size: int = sys.maxsize) -> list[Dirty]:
+    def oldest(
+        self, limit: int, size: int = sys.maxsize, after: bytes = NO_PLACE, until: bytes = LAST_PLACE
+    ) -> list[Dirty]:
         """Up to `limit` commits that wait, oldest first, until they make `size` bytes.
 
-        A record of an unknown Key is left for who has that.
+        Of places behind `after`, up to `until`. A record of an unknown Key is left for who has that.
         """
         batch: list[Dirty] = []
-        stray: list[tuple[int, bytes]] = []
-        after = -1
+        stray: list[tuple[bytes, bytes]] = []
         while len(batch) < limit and size > 0:
-            window = self._window(after, limit - len(batch), size)
-            for sequence, handle, raw in window:
-                header = None if raw is None else self._seal.header(handle, raw)
-                if header is None or header.dirty_seq != sequence:
-                    stray.append((sequence, handle))
-                elif raw and (record := self._seal.readable(handle, raw)) is not None:
+            window = self._window(limit - len(batch), size, after, until)
+            for place, handle, raw in window:
+                try:
+                    record = self._seal.open(handle, raw)
+                except Unreadable:
+                    continue
+                if record is None or record.place != place:
+                    stray.append((place, handle))
+                else:
                     batch.append(Dirty(handle, record))
                     size -= len(raw)
             if not window:
@@ -94,33 +107,36 @@ class Outbox:
             self._drop(stray)
         return batch
 
-    def _window(self, after: int, limit: int, size: int) -> list[tuple[int, bytes, bytes | None]]:
-        """The next rows with what they lead to."""
+    def _window(self, limit: int, size: int, after: bytes, until: bytes) -> list[tuple[bytes, bytes, bytes]]:
+        """The next places, the handles there, and what they lead to: b"" for nothing."""
 
-        def work(txn: Txn, tables: Tables) -> list[tuple[int, bytes, bytes | None]]:
-            found: list[tuple[int, bytes, bytes | None]] = []
+        def work(txn: Txn, tables: Tables) -> list[tuple[bytes, bytes, bytes]]:
+            found: list[tuple[bytes, bytes, bytes]] = []
             left = size
             cursor = txn.cursor(tables.outbox)
-            more = cursor.set_range(sequence_key(after + 1))
+            more = cursor.set_range(after + b"\0")
             while more and len(found) < limit and left > 0:
-                handle = bytes(cursor.value())
-                raw = txn.get(handle, db=tables.records)
-                left -= 0 if raw is None else len(raw)
-                found.append((number(bytes(cursor.key())), handle, raw))  # type: ignore[arg-type]
+                place, handle = cursor.item()
+                if place > until:  # type: ignore[operator]
+                    break
+                raw = txn.get(handle, b"", db=tables.records)
+                left -= len(raw)
+                found.append((place, handle, raw))  # type: ignore[arg-type]
                 more = cursor.next()
             return found
 
         return self._environment.read(work)
 
-    def _drop(self, stray: list[tuple[int, bytes]]) -> None:
-        """Rows that lead to no dirty record, which only damage leaves behind."""
+    def _drop(self, stray: list[tuple[bytes, bytes]]) -> None:
+        """Places that no record says it has, which only damage leaves behind; whose place is damaged gets another."""
 
         def work(txn: Txn, tables: Tables) -> None:
-            for sequence, handle in stray:
-                raw = txn.get(handle, db=tables.records)
-                header = None if raw is None else self._seal.header(handle, raw)  # type: ignore[arg-type]
-                if header is None or header.dirty_seq != sequence:
-                    txn.delete(sequence_key(sequence), db=tables.outbox)
+            for place, handle in stray:
+                record = self._found(txn, tables, handle)
+                if record is None or record.place != place:
+                    txn.delete(place, db=tables.outbox)
+                    if record is not None and not waits(txn, tables, handle, record.raw):
+                        self._writer.dirty_in(txn, tables, handle, record, front=False)
 
         self._environment.write(work)
 
@@ -138,13 +154,13 @@ class Outbox:
             def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk) -> None:
                 if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
                     return
-                for handle, record in chunk:
-                    if txn.get(handle, db=tables.records) == record.raw:
-                        self._writer.clean_in(txn, tables, handle, record)
+                _cross_off(
+                    txn, tables, [one for one in chunk if txn.get(one.handle, db=tables.records) == one.record.raw]
+                )
 
             try:
                 self._environment.write(work)
-            except StoreFull:  # all of a record is written anew: fewer at once need fewer pages
+            except StoreFull:  # fewer at once need fewer pages
                 if size == 1:
                     raise
                 size = max(1, size // 8)
@@ -160,10 +176,10 @@ class Outbox:
             if record is None:
                 return
             if not record.header.flags & TOMBSTONE:
-                self._writer.bury(txn, tables, handle, record.header, now, boot)
+                self._writer.bury(txn, tables, handle, record.header, record.place, now, boot)
                 record = self._found(txn, tables, handle)
-            if record is not None and record.header.dirty_seq:
-                self._writer.clean_in(txn, tables, handle, record)
+            if record is not None:
+                _cross_off(txn, tables, [Dirty(handle, record)])
 
         self._environment.write(work)
 
@@ -172,7 +188,7 @@ class Outbox:
 
         def work(txn: Txn, tables: Tables) -> None:
             record = self._found(txn, tables, handle)
-            if record is None or not record.header.dirty_seq:
+            if record is None or not waits(txn, tables, handle, record.raw):
                 return
             if (record.header.epoch, record.header.version) < (epoch, version):
                 header = record.header._replace(epoch=max(epoch, record.header.epoch), version=version + 1)
@@ -204,7 +220,7 @@ class Outbox:
                     continue
                 header = record.header
                 known = header.flags & (STORABLE | WITHDRAWN)
-                if bool(header.flags & TOMBSTONE) == dead and known and not header.dirty_seq:
+                if bool(header.flags & TOMBSTONE) == dead and known and not waits(txn, tables, handle, record.raw):
                     self._writer.dirty_in(txn, tables, handle, record, front=dead)
                     put += 1
             return put, passed_over
@@ -232,8 +248,9 @@ class Outbox:
             record = self._found(txn, tables, handle)
             if record is None or record.header.flags & TOMBSTONE or not record.header.flags & STORABLE:
                 return None
-            kept = record.header.dirty_seq or room.is_recent(record.header, boot)
-            return None if kept or now - record.header.last_seen < idle else record
+            if now - record.header.last_seen < idle or room.is_recent(record.header, boot):
+                return None
+            return None if waits(txn, tables, handle, record.raw) else record
 
         def look(txn: Txn, tables: Tables) -> list[bytes]:
             return [handle for handle in handles if idles(txn, tables, handle) is not None]
@@ -270,8 +287,9 @@ class Outbox:
 
         def work(txn: Txn, tables: Tables) -> None:
             record = self._found(txn, tables, handle)
-            if record is not None and record.header.flags & STORABLE and not record.header.dirty_seq:
-                self._writer.dirty_in(txn, tables, handle, record, front=False)
+            if record is None or not record.header.flags & STORABLE or waits(txn, tables, handle, record.raw):
+                return
+            self._writer.dirty_in(txn, tables, handle, record, front=False)
 
         self._environment.write(work)
 
@@ -293,3 +311,14 @@ class Outbox:
                 txn.put(name, sequence_key(value), db=tables.meta)
 
         self._environment.write(work)
+
+
+def _cross_off(txn: Txn, tables: Tables, heard_of: list[Dirty]) -> None:
+    """Free the places that these still have, for good: the records stay as they are."""
+    last = NO_PLACE
+    for handle, record in heard_of:
+        if waits(txn, tables, handle, record.raw):
+            txn.delete(record.place, db=tables.outbox)
+            last = max(last, record.place)
+    if last > txn.get(CROSSED, NO_PLACE, db=tables.meta):  # type: ignore[operator]
+        txn.put(CROSSED, last, db=tables.meta)

@@ -3,10 +3,11 @@
 from typing import Final, NamedTuple
 
 from shmsession.errors import StoreFull
-from shmsession.record import AUTHENTICATED, HEADER_BYTES, STORABLE, TOMBSTONE, Header, unpack_header
+from shmsession.record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack_header
 
 from .environment import Usage
-from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, remove
+from .seal import SHORTEST
+from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, remove, waits
 
 QUIET_MS: Final = 60_000
 """Nothing that changed within this time is evicted or forgotten: a slow fill must still meet it."""
@@ -87,9 +88,9 @@ def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, 
             break
         handle = handle_in(bytes(cursor.key()))
         raw = txn.get(handle, db=tables.records) if handle else None
-        if raw is not None and len(raw) >= HEADER_BYTES:
-            header = unpack_header(bytes(raw))
-            if _may_go(header, boot, recoverable=recoverable):
+        if raw is not None and len(raw) >= SHORTEST:
+            header = unpack_header(raw)  # type: ignore[arg-type]
+            if _may_go(header, boot, recoverable=recoverable) and not waits(txn, tables, handle, raw):  # type: ignore[arg-type]
                 victims.append((handle, header))
         found = cursor.next()
     for handle, header in victims:
@@ -98,7 +99,7 @@ def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, 
 
 
 def _may_go(header: Header, boot: int, *, recoverable: bool) -> bool:
-    if header.flags & TOMBSTONE or header.dirty_seq or is_recent(header, boot):
+    if header.flags & TOMBSTONE or is_recent(header, boot):
         return False
     return not recoverable or bool(header.flags & STORABLE)
 

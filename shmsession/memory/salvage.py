@@ -20,18 +20,24 @@ def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
     When it does not come to the end, another one comes from there: some records then come twice.
     """
     for direction in ("forward", "backward"):
-        output, ended = _walked(environment, direction)
+        output, ended = _walked(environment, "records", direction)
         yield from _parse(output)
         if ended:
             return
 
 
-def _walked(environment: Path, direction: str) -> tuple[bytes, bool]:
+def outbox_in(environment: Path) -> dict[bytes, bytes] | None:
+    """Handles by their place in the outbox; None when not all of it can be read."""
+    output, ended = _walked(environment, "outbox", "forward")
+    return dict(_parse(output)) if ended else None
+
+
+def _walked(environment: Path, table: str, direction: str) -> tuple[bytes, bool]:
     """What a walk in a process of its own met, and whether it met all."""
     python = _interpreter()
     if python is None:
         return b"", True
-    command = [python, "-P", __file__, str(environment), direction]
+    command = [python, "-P", __file__, str(environment), table, direction]
     try:
         done = subprocess.run(  # noqa: S603  # our own file, by this Python
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS, check=False
@@ -62,15 +68,15 @@ def _parse(output: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield output[begin : begin + key_size], output[begin + key_size : position]
 
 
-def _walk(environment: str, direction: str) -> None:  # pragma: no cover  # in the child, which may die of it
+def _walk(environment: str, table: str, direction: str) -> None:  # pragma: no cover  # in the child, it may die of it
     env = lmdb.open(environment, readonly=True, lock=False, max_dbs=8, create=False)
-    records = env.open_db(b"records", create=False)
+    rows = env.open_db(table.encode(), create=False)
     with env.begin() as txn:
-        cursor = txn.cursor(records)
-        for handle, raw in cursor if direction == "forward" else cursor.iterprev():
-            sys.stdout.buffer.write(len(handle).to_bytes(4, "big") + len(raw).to_bytes(4, "big") + handle + raw)
+        cursor = txn.cursor(rows)
+        for key, value in cursor if direction == "forward" else cursor.iterprev():
+            sys.stdout.buffer.write(len(key).to_bytes(4, "big") + len(value).to_bytes(4, "big") + key + value)
             sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":  # pragma: no cover  # as above
-    _walk(sys.argv[1], sys.argv[2])
+    _walk(*sys.argv[1:])

@@ -6,9 +6,20 @@ from typing import Final
 
 from shmsession.errors import Unreadable
 from shmsession.keyring import MAC_BYTES, Keyring
-from shmsession.record import FORMAT, HEADER_BYTES, Data, Header, Record, pack_header, unpack_header
+from shmsession.record import (
+    FORMAT,
+    HEADER_BYTES,
+    NO_PLACE,
+    PLACE_BYTES,
+    Data,
+    Header,
+    Record,
+    pack_header,
+    unpack_header,
+)
 
-_SHORTEST = HEADER_BYTES + MAC_BYTES
+TAIL_BYTES: Final = MAC_BYTES + PLACE_BYTES
+SHORTEST: Final = HEADER_BYTES + TAIL_BYTES
 
 VERIFIED_RECORDS: Final = 1024
 VERIFIED_BYTES: Final = 4096
@@ -16,7 +27,7 @@ VERIFIED_BYTES: Final = 4096
 
 
 class RecordSeal:
-    """header + data + keyed BLAKE2b-128 over handle, header and data."""
+    """header + data + keyed BLAKE2b-128 over handle, header and data + place in the outbox."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -24,10 +35,17 @@ class RecordSeal:
         self.key_id = keyring.newest_id
         self._verified: dict[bytes, Record] = {}
 
-    def close(self, handle: bytes, header: Header, data: bytes, values: Data | None = None) -> Record:
+    def close(
+        self, handle: bytes, header: Header, data: bytes, values: Data | None = None, place: bytes = NO_PLACE
+    ) -> Record:
         """The record to store. `header.key_id` must be the newest Key's; `values` what `data` splits into, if known."""
         body = pack_header(header) + data
-        return self._remember(handle, Record(body + self._mac(header.key_id, handle + body), header, data, values))
+        raw = body + self._mac(header.key_id, handle + body) + place
+        return self._remember(handle, Record(raw, header, data, values))
+
+    def placed(self, handle: bytes, record: Record, place: bytes) -> Record:
+        """`Record.placed`."""
+        return self._remember(handle, record.placed(place))
 
     def open(self, handle: bytes, raw: bytes) -> Record | None:
         """The record in stored bytes; None when they are corrupt.
@@ -41,16 +59,16 @@ class RecordSeal:
             header = unpack_header(raw)
         except struct.error:
             return None
-        if len(raw) < _SHORTEST:
+        if len(raw) < SHORTEST:
             return None
         if header.format != FORMAT or header.key_id not in self._keyring:
             raise Unreadable(
                 f"a session was stored in format {header.format} under Key {header.key_id.hex()}, which this process "
                 "does not have: keep the older Key in SHMSESSION_KEY until its sessions have ended"
             )
-        if not compare_digest(self._mac(header.key_id, handle + raw[:-MAC_BYTES]), raw[-MAC_BYTES:]):
+        if not compare_digest(self._mac(header.key_id, handle + raw[:-TAIL_BYTES]), raw[-TAIL_BYTES:-PLACE_BYTES]):
             return None
-        return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-MAC_BYTES]))
+        return self._remember(handle, Record(raw, header, raw[HEADER_BYTES:-TAIL_BYTES]))
 
     def readable(self, handle: bytes, raw: bytes) -> Record | None:
         """The record in stored bytes; None when they are corrupt, or for others to read."""

@@ -32,7 +32,7 @@ from .outbox import Outbox
 from .place import default_directory
 from .seal import RecordSeal
 from .sweeping import Sweeper, any_due, clock_stepped
-from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, sequence_key, unindex
+from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, sequence_key, unindex, waits
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -107,20 +107,22 @@ class MemoryStore:
             self._tell()
         return found
 
-    def _live(self, handle: bytes, raw: bytes, now: int) -> Record | Missing:
+    def _live(self, handle: bytes, raw: bytes, now: int, within: tuple[Txn, Tables] | None = None) -> Record | Missing:
         record = self._seal.open(handle, raw)
         if record is None:
             self._noticed.append(RecordCorrupt(handle.hex()))
             return Missing.UNKNOWN
         header = record.header
         if header.flags & TOMBSTONE:
-            if now >= header.idle_expiry and self._is_forgettable(header, self._clock.boot()):
+            if now >= header.idle_expiry and self._is_forgettable(handle, record, within):
                 return Missing.UNKNOWN
             return Missing.RENEWED if header.flags & RENEWED else Missing.DEAD
         return record if now < header.expires else Missing.EXPIRED
 
-    def _is_forgettable(self, tombstone: Header, boot: int) -> bool:
-        return not tombstone.dirty_seq and not room.is_recent(tombstone, boot)
+    def _is_forgettable(self, handle: bytes, tombstone: Record, within: tuple[Txn, Tables] | None) -> bool:
+        if room.is_recent(tombstone.header, self._clock.boot()):
+            return False
+        return not (waits(*within, handle, tombstone.raw) if within else self.outbox.holds(handle))
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -163,7 +165,7 @@ class MemoryStore:
             if raw == base.raw and prepared is not None:
                 stored, record = base, prepared
             else:
-                found = self._live(handle, raw, now)  # type: ignore[arg-type]
+                found = self._live(handle, raw, now, (txn, tables))  # type: ignore[arg-type]
                 if isinstance(found, Missing):
                     return found
                 if not changes.fits(found.split()):
@@ -190,7 +192,7 @@ class MemoryStore:
         believed, or there is no room.
         """
         boot = self._clock.boot()
-        kept = header._replace(key_id=self._seal.key_id, dirty_seq=0, changed=boot)
+        kept = header._replace(key_id=self._seal.key_id, changed=boot)
         record = self._seal.close(handle, kept, data)
 
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
@@ -200,11 +202,11 @@ class MemoryStore:
                 return Missing.DEAD
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
-                found = self._live(handle, raw, self._clock.now())  # type: ignore[arg-type]
+                found = self._live(handle, raw, self._clock.now(), (txn, tables))  # type: ignore[arg-type]
                 if isinstance(found, Missing):
                     if found is not Missing.UNKNOWN:
                         return found
-                elif found.header.dirty_seq or _order(found.header) >= _order(header):
+                elif _order(found.header) >= _order(header) or waits(txn, tables, handle, found.raw):
                     return found
                 if len(raw) >= HEADER_BYTES:
                     unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
@@ -244,13 +246,14 @@ class MemoryStore:
             if raw == base.raw and prepared is not None:
                 found, record = base, prepared
             else:
-                now_stored = self._live(old, raw, now)  # type: ignore[arg-type]
+                now_stored = self._live(old, raw, now, (txn, tables))  # type: ignore[arg-type]
                 if isinstance(now_stored, Missing):
                     return now_stored
                 found, epoch = now_stored, self.environment.epoch
                 record = self._drafts.moved(new, found, changes, now, boot, epoch, user, login=login)
             crowd = self._writer.admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
-            self._writer.bury(txn, tables, old, found.header, now, boot, renewed=True, successor=b"" if login else new)
+            successor = b"" if login else new
+            self._writer.bury(txn, tables, old, found.header, found.place, now, boot, renewed=True, successor=successor)
             done = self._writer.insert(txn, tables, new, record)
             self._writer.settle(txn, tables, crowd, made_room)
             return done
@@ -275,8 +278,8 @@ class MemoryStore:
                 raw = txn.get(target, db=tables.records)
                 found = None if raw is None else self._seal.open(target, raw)  # type: ignore[arg-type]
                 if found is None or not found.header.flags & TOMBSTONE:
-                    header = found.header if found else self._unseen(target, now, boot)
-                    self._writer.bury(txn, tables, target, header, now, boot)
+                    last = found or self._unseen(target, now, boot)
+                    self._writer.bury(txn, tables, target, last.header, last.place, now, boot)
                     done = target if raw is not None or self._backend else None
                     return done
                 if not found.data:
@@ -285,9 +288,9 @@ class MemoryStore:
 
         return self._writer.write(work)
 
-    def _unseen(self, handle: bytes, now: int, boot: int) -> Header:
-        """The header of a session that may be known elsewhere, of which nothing is known here."""
-        return self._drafts.first(handle, {}, Changes(longterm=True), now, boot, self.environment.epoch).header
+    def _unseen(self, handle: bytes, now: int, boot: int) -> Record:
+        """What stands for a session that may be known elsewhere, of which nothing is known here."""
+        return self._drafts.first(handle, {}, Changes(longterm=True), now, boot, self.environment.epoch)
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -375,12 +378,12 @@ class MemoryStore:
             path, imported = self.environment.quarantines.popleft()
             self._hooks.emit(Quarantined(str(path), imported))
 
-    def _judge(self, handle: bytes, raw: bytes) -> Header | None:
+    def _judge(self, handle: bytes, raw: bytes, waits: bool) -> Header | None:
         """A salvaged record's header when it is whole and to be kept: all, or with a backend what that lacks."""
         header = self._seal.header(handle, raw)
         if header is None:
             return None
-        in_backend = self._backend and header.flags & STORABLE and not (header.dirty_seq or header.flags & TOMBSTONE)
+        in_backend = self._backend and header.flags & STORABLE and not (waits or header.flags & TOMBSTONE)
         return None if in_backend else header
 
 

@@ -2,11 +2,10 @@
 
 from typing import Final, Protocol
 
-from shmsession.keyring import MAC_BYTES
-from shmsession.record import HEADER_BYTES, RENEWED, TOMBSTONE, Header
+from shmsession.record import HEADER_BYTES, PLACE_BYTES, RENEWED, TOMBSTONE, Header
 
 from . import room
-from .seal import RecordSeal
+from .seal import TAIL_BYTES, RecordSeal
 from .tables import (
     ANONYMOUS_CLASS,
     EXPIRY_ROW_BYTES,
@@ -20,6 +19,7 @@ from .tables import (
     expiry_key,
     handle_in,
     unindex,
+    waits,
 )
 
 STEP_TOLERANCE_MS: Final = 5_000
@@ -30,10 +30,10 @@ class Bury(Protocol):
     """See `Writer.bury`."""
 
     def __call__(
-        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, place: bytes, now: int, boot: int, *,
         renewed: bool = False, successor: bytes = b"",
     ) -> None:  # fmt: skip
-        """Put a tombstone in a record's place."""
+        """Put a tombstone where a record is."""
         ...
 
 
@@ -61,15 +61,16 @@ class Sweeper:
             txn.delete(row, db=tables.expiry)
             return 0
         handle = handle_in(row)
-        raw = txn.get(handle, db=tables.records)
-        header = None if raw is None else self._seal.header(handle, raw)  # type: ignore[arg-type]
+        raw: bytes = txn.get(handle, b"", db=tables.records)  # type: ignore[assignment]
+        header = self._seal.header(handle, raw)
         if header is None or expiry_key(header, handle) != row:
             txn.delete(row, db=tables.expiry)
             return int(header is None and txn.delete(handle, db=tables.records))
-        if header.dirty_seq:  # a backend has yet to hear of it: as a tombstone, due again later
+        if waits(txn, tables, handle, raw):  # a backend has yet to hear of it: as a tombstone, due again later
             renewed = bool(header.flags & RENEWED)
-            successor = bytes(raw)[HEADER_BYTES:-MAC_BYTES] if renewed else b""  # type: ignore[arg-type]
-            self._bury(txn, tables, handle, header, now, boot, renewed=renewed, successor=successor)
+            successor = raw[HEADER_BYTES:-TAIL_BYTES] if renewed else b""
+            place = raw[-PLACE_BYTES:]
+            self._bury(txn, tables, handle, header, place, now, boot, renewed=renewed, successor=successor)
             return int(not header.flags & TOMBSTONE)
         if header.flags & TOMBSTONE:
             if room.is_recent(header, boot):

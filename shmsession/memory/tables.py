@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 import lmdb
 
-from shmsession.record import AUTHENTICATED, NO_TAG, TOMBSTONE, Header
+from shmsession.record import AUTHENTICATED, NO_PLACE, NO_TAG, PLACE_BYTES, TOMBSTONE, Header
 
 ANONYMOUS_CLASS: Final = 0
 LOGGED_IN_CLASS: Final = 1
@@ -17,6 +17,9 @@ _SEQUENCE = struct.Struct(">Q")
 _SEQUENCE_BITS: Final = 20
 _CLOCK = struct.Struct(">qQ")
 
+CROSSED: Final = b"crossed"
+"""The highest place of the outbox that was crossed off: none is given out twice."""
+
 Txn = lmdb.Transaction
 
 
@@ -24,7 +27,7 @@ class Tables(NamedTuple):
     """Handles of one opened environment.
 
     records: handle → record. expiry: class, time, handle → nothing; it names exactly when each record ends.
-    outbox: sequence → handle, what a backend has not acknowledged. users: user tag, handle → nothing. meta: by name.
+    outbox: place → handle, what a backend has not acknowledged. users: user tag, handle → nothing. meta: by name.
     """
 
     records: lmdb._Database
@@ -89,6 +92,12 @@ def clock_in(row: bytes | None) -> tuple[int, int] | None:
     return _CLOCK.unpack(row) if row is not None and len(row) == _CLOCK.size else None
 
 
+def waits(txn: Txn, tables: Tables, handle: bytes, raw: bytes) -> bool:
+    """Whether this record, as it is stored now, is one that a backend has yet to hear of."""
+    place = raw[-PLACE_BYTES:]
+    return place != NO_PLACE and txn.get(place, db=tables.outbox) == handle
+
+
 def put(txn: Txn, tables: Tables, handle: bytes, raw: bytes, header: Header) -> None:
     """Write a record that is not there, or whose rows are removed, and the rows that lead to it."""
     txn.put(handle, raw, db=tables.records)
@@ -106,8 +115,6 @@ def index(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
     txn.put(expiry_key(header, handle), b"", db=tables.expiry)
     if header.user_tag != NO_TAG:
         txn.put(header.user_tag + handle, b"", db=tables.users)
-    if header.dirty_seq:
-        txn.put(sequence_key(header.dirty_seq), handle, db=tables.outbox)
 
 
 def unindex(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
@@ -115,8 +122,6 @@ def unindex(txn: Txn, tables: Tables, handle: bytes, header: Header) -> None:
     txn.delete(expiry_key(header, handle), db=tables.expiry)
     if header.user_tag != NO_TAG:
         txn.delete(header.user_tag + handle, db=tables.users)
-    if header.dirty_seq and txn.get(sequence_key(header.dirty_seq), db=tables.outbox) == handle:
-        txn.delete(sequence_key(header.dirty_seq), db=tables.outbox)
 
 
 def reindex(txn: Txn, tables: Tables, handle: bytes, old: Header, new: Header) -> None:
@@ -130,8 +135,3 @@ def reindex(txn: Txn, tables: Tables, handle: bytes, old: Header, new: Header) -
             txn.delete(old.user_tag + handle, db=tables.users)
         if new.user_tag != NO_TAG:
             txn.put(new.user_tag + handle, b"", db=tables.users)
-    if old.dirty_seq != new.dirty_seq:
-        if old.dirty_seq and txn.get(sequence_key(old.dirty_seq), db=tables.outbox) == handle:
-            txn.delete(sequence_key(old.dirty_seq), db=tables.outbox)
-        if new.dirty_seq:
-            txn.put(sequence_key(new.dirty_seq), handle, db=tables.outbox)

@@ -14,7 +14,7 @@ from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
 from . import room
 from .drafting import Drafts
 from .environment import Environment
-from .tables import Tables, Txn, index, number, reindex, sequence_after, sequence_key, unindex
+from .tables import CROSSED, Tables, Txn, index, number, reindex, sequence_after, sequence_key, unindex, waits
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -127,39 +127,31 @@ class Writer:
             record = self._dirtied(txn, tables, handle, record, stored.header.flags)
         txn.put(handle, record.raw, db=tables.records)
         new, old = record.header, stored.header
-        if new.idle_expiry != old.idle_expiry or new.dirty_seq != old.dirty_seq or new.absolute != old.absolute:
+        if new.idle_expiry != old.idle_expiry or new.absolute != old.absolute:
             reindex(txn, tables, handle, old, new)
         if crowd is not None:
             self.settle(txn, tables, crowd, made_room)
         return record
 
     def bury(
-        self, txn: Txn, tables: Tables, handle: bytes, header: Header, now: int, boot: int, *,
+        self, txn: Txn, tables: Tables, handle: bytes, header: Header, place: bytes, now: int, boot: int, *,
         renewed: bool = False, successor: bytes = b"",
     ) -> None:  # fmt: skip
-        """Put a tombstone in the record's place.
+        """Put a tombstone where the record with this header and this place in the outbox is.
 
         `successor` is the handle under which the same login goes on: a logout that comes late must end that too.
         """
         epoch = self._environment.epoch
-        dead = self._drafts.tombstone(handle, header, now, boot, epoch, renewed=renewed, successor=successor)
+        dead = self._drafts.tombstone(handle, header, place, now, boot, epoch, renewed=renewed, successor=successor)
         record = self._dirtied(txn, tables, handle, dead)
         unindex(txn, tables, handle, header)
         txn.put(handle, record.raw, db=tables.records)
         index(txn, tables, handle, record.header)
 
-    def clean_in(self, txn: Txn, tables: Tables, handle: bytes, record: Record) -> None:
-        """Take a record out of the outbox."""
-        self.renumber(txn, tables, handle, record, record.header._replace(dirty_seq=0))
-
     def dirty_in(self, txn: Txn, tables: Tables, handle: bytes, record: Record, *, front: bool) -> None:
         """Put a record into the outbox, at its end or in front."""
-        cursor = txn.cursor(tables.outbox)
-        if front and cursor.first():
-            header = record.header._replace(dirty_seq=number(bytes(cursor.key())) - 1)
-        else:
-            header = record.header._replace(dirty_seq=self._next_sequence(txn, tables))
-        self.renumber(txn, tables, handle, record, header)
+        place = self._new_place(txn, tables, handle, front=front)
+        txn.put(handle, self._drafts.placed(handle, record, place).raw, db=tables.records)
 
     def renumber(self, txn: Txn, tables: Tables, handle: bytes, record: Record, header: Header) -> None:
         """Put the same data under another header in a record's place."""
@@ -172,15 +164,19 @@ class Writer:
 
         `was`: the flags before. One that is no longer storable must be heard of as well, and its death.
         """
-        header = record.header
-        told_of = STORABLE | WITHDRAWN if header.flags & TOMBSTONE else STORABLE
-        if not self._backend or header.dirty_seq or not (header.flags | was) & told_of:
+        flags = record.header.flags
+        told_of = STORABLE | WITHDRAWN if flags & TOMBSTONE else STORABLE
+        if not self._backend or not (flags | was) & told_of or waits(txn, tables, handle, record.raw):
             return record
-        sequence = self._next_sequence(txn, tables)
-        return self._drafts.reheaded(handle, record, header._replace(dirty_seq=sequence))
+        return self._drafts.placed(handle, record, self._new_place(txn, tables, handle))
 
-    def _next_sequence(self, txn: Txn, tables: Tables) -> int:
-        last = number(txn.get(b"sequence", db=tables.meta))  # type: ignore[arg-type]
-        sequence = sequence_after(last, self._clock.now())
-        txn.put(b"sequence", sequence_key(sequence), db=tables.meta)
-        return sequence
+    def _new_place(self, txn: Txn, tables: Tables, handle: bytes, *, front: bool = False) -> bytes:
+        """A place behind all others, or in front of them, now taken."""
+        cursor = txn.cursor(tables.outbox)
+        if front and cursor.first():
+            place = sequence_key(number(bytes(cursor.key())) - 1)
+        else:
+            last = cursor.key() if cursor.last() else txn.get(CROSSED, db=tables.meta)
+            place = sequence_key(sequence_after(number(last), self._clock.now()))  # type: ignore[arg-type]
+        cursor.put(place, handle)
+        return place
