@@ -32,6 +32,8 @@ class Portal:
         self._gate = _native.allocate_lock()
         self._closed = False
         self._thread = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        """What was begun and has not ended: the loop alone would leave a task that waits to the garbage collector."""
         _native.start_thread(self._run)
 
     def _run(self) -> None:
@@ -89,7 +91,10 @@ class Portal:
 
     def _begin(self, work: Coroutine[Any, Any, T], deliver: "Callable[[asyncio.Task[T]], None]") -> None:
         def begin() -> None:
-            self._loop.create_task(work).add_done_callback(deliver)
+            task = self._loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(deliver)
 
         with self._gate:  # what begins before `close` is cancelled by it, and nothing begins after it
             if not self._closed:

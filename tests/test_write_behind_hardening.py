@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -307,6 +308,27 @@ def test_a_batch_ends_at_so_many_bytes(place: Path) -> None:
 
 
 # ── the part of a process that runs ───────────────────────────────────────────────────────────────────────────
+
+
+def test_the_portal_keeps_what_waits_for_something_that_nobody_else_knows() -> None:
+    """A task and the future that it waits for are garbage together, if the loop is all that knows of them."""
+    portal = Portal()
+    waiting, outcomes = threading.Event(), list[object]()
+
+    async def forever() -> None:
+        future = asyncio.get_running_loop().create_future()
+        waiting.set()
+        await future
+
+    portal._begin(forever(), outcomes.append)
+    assert waiting.wait(PATIENCE)
+    portal.wait(asyncio.sleep(0))
+    gc.collect()
+    assert outcomes == []
+    ending(portal.close)
+    (task,) = outcomes
+    assert isinstance(task, asyncio.Task)
+    assert task.cancelled()
 
 
 @pytest.mark.parametrize("moment", ["running", "stopping", "cancelling", "closing"])
