@@ -22,7 +22,7 @@ from .memory.doorbell import Doorbell
 from .memory.environment import Environment
 from .memory.outbox import Dirty
 from .memory.store import MemoryStore
-from .record import NO_PLACE, TOMBSTONE
+from .record import NO_PLACE
 from .rows import Rows
 from .sentinel import Neighbour, Overtaken, Recall, Sentinel
 
@@ -49,9 +49,10 @@ RING_SECONDS: Final = 1.0
 
 
 class _Ahead(NamedTuple):
-    """What was read to be sent: of places up to `until`, when so many losses were known."""
+    """What was read to be sent: of places up to `until`, when so many losses were known. `full`: there may be more."""
 
     rows: list[tuple[Dirty, Row]]
+    full: bool
     until: bytes
     losses: int
 
@@ -254,16 +255,16 @@ class Flusher:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead.losses != self._outbox.losses() or not self._recall.is_done:
             ahead = await self._read(losses, limit, NO_PLACE, self._newest())
-        waiting = ahead.rows
-        full = len(waiting) >= limit or sum(len(dirty.record.raw) for dirty, _ in waiting) >= BATCH_BYTES
+        waiting, full = ahead.rows, ahead.full
         reading = None
         if full and self._recall.is_done:  # read on while the backend writes
             last = waiting[-1][0].record.place
             reading = self._beside(self._read_ahead(losses, min(BATCH, limit * 2), last, ahead.until))
         try:
             # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
-            for dead in (True, False):
-                batch = [pair for pair in waiting if bool(pair[0].record.header.flags & TOMBSTONE) == dead]
+            dead = [pair for pair in waiting if pair[1].state is State.DEAD]
+            rest = [pair for pair in waiting if pair[1].state is not State.DEAD] if dead else waiting
+            for batch in (dead, rest):
                 if batch:
                     await self._send(batch)
             if reading is not None:
@@ -286,11 +287,12 @@ class Flusher:
             piece = self._outbox.oldest(min(PIECE, limit - len(rows)), size, after, until)
             if not piece:
                 break
-            rows.extend((dirty, self._rows.row_of(dirty)) for dirty in piece)
-            size -= sum(len(dirty.record.raw) for dirty in piece)
+            for dirty in piece:
+                rows.append((dirty, self._rows.row_of(dirty)))
+                size -= len(dirty.record.raw)
             after = piece[-1].record.place
             await asyncio.sleep(0)
-        return _Ahead(rows, until, losses)
+        return _Ahead(rows, len(rows) >= limit or size <= 0, until, losses)
 
     async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
         """The same; None when nothing is left there, or it cannot be read now."""

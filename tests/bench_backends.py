@@ -47,7 +47,9 @@ PATIENCE: Final = 120.0
 
 _COLUMNS: Final = ("handle", "state", "epoch", "version", "horizon", '"user"', "body")
 _NAMES: Final = ", ".join(_COLUMNS)
-_REPLACE: Final = "ON CONFLICT (handle) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)
+_REPLACE: Final = "ON CONFLICT (handle) DO UPDATE SET " + ", ".join(
+    f"{name} = excluded.{name}" for name in _COLUMNS[1:]
+)
 
 Line = tuple[str, float, str]
 """A ratio: its name, its value, what is allowed and where it comes from."""

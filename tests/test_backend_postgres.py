@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 import psycopg
 import pytest
 
-from shmsession.backends import Answer, Backend, Row, State, connect
+from shmsession.backends import Answer, Backend, Mark, Row, State, connect
 from shmsession.backends.postgres import SCHEMA, PostgresBackend
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from shmsession.testing.contract import BackendContract
@@ -360,6 +360,21 @@ async def test_a_row_is_answered_only_after_its_commit(
         )
         await fails(backend.write([live(1)]), BackendError)
         assert await backend.load(live(1).handle) is None
+
+
+@asynchronous
+async def test_a_row_of_no_known_state_stops_no_batch(
+    postgres: PostgresServer, postgres_database: str, url: str
+) -> None:
+    """It counts as ERASED, and whatever is newer replaces it."""
+    async with opened(url) as backend:
+        await backend.write([live(1), live(2)])
+        postgres.run(
+            "UPDATE shmsession SET state = 7 WHERE handle <= ALL (SELECT handle FROM shmsession)", postgres_database
+        )
+        expected = [Answer(True, Mark(state, 1, 1)) for state in (State.ERASED, State.LIVE)]
+        assert await backend.write([live(1, 2), live(2, 2)]) == expected
+        assert [await backend.load(live(n).handle) for n in (1, 2)] == [live(1, 2), live(2, 2)]
 
 
 @asynchronous

@@ -517,6 +517,22 @@ def follows(links: list[tuple[Mark | None, Mark]], final: Mark) -> bool:
     return not any(balance.values())
 
 
+def test_a_row_of_no_known_state_stops_no_batch(redis_server: RedisServer) -> None:
+    """It counts as ERASED, and whatever is newer replaces it."""
+
+    async def play() -> None:
+        async with opened(redis_server.url) as backend:
+            await backend.write([live(n, now() + HOUR) for n in (1, 2)])
+            with looking(redis_server) as client:
+                client.setrange(row_key(handle_of(1)), 0, b"\x07")
+            news = [live(n, now() + HOUR, version=9) for n in (1, 2)]
+            marks = [live(n, 0).mark._replace(state=state) for n, state in ((1, State.ERASED), (2, State.LIVE))]
+            assert await backend.write(news) == [Answer(True, mark) for mark in marks]
+            assert [(await backend.load(new.handle)) is not None for new in news] == [True, True]
+
+    asyncio.run(play())
+
+
 def test_cancelled_questions_leave_no_answers_to_others(redis_server: RedisServer) -> None:
     """A connection whose question was given up in the midst is not used again."""
     random = rng("redis cancel")

@@ -20,13 +20,13 @@ from urllib.parse import quote
 
 import pytest
 
-from shmsession.backends import SENTINEL, Backend, Row, State, native
+from shmsession.backends import SENTINEL, Answer, Backend, Mark, Row, State, native
 from shmsession.backends.sqlite import SQLiteBackend
 from shmsession.backends.sqlite_file import SCHEMA, Statements
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from shmsession.testing import BackendContract
 from shmsession.testing.races import tell_one_story
-from shmsession.testing.rows import dead, handle_of, live, row_of, user_of
+from shmsession.testing.rows import dead, erased, handle_of, live, row_of, user_of
 from tests.figures import SEED, report, rng, size
 from tests.memory import Channel, Child, Died, in_child, wait_until
 
@@ -445,6 +445,16 @@ def test_a_damaged_file_is_an_error_and_not_an_absence(path: Path) -> None:
         using(path, lambda backend: backend.load(handle_of(1)), make=False)
     path.write_bytes(whole)
     assert using(path, lambda backend: backend.count(), make=False) == 400
+
+
+def test_a_row_of_no_known_state_stops_no_batch_and_is_made_whole(path: Path) -> None:
+    """It counts as ERASED, and whatever is newer replaces it, also another ERASED row of the same horizon."""
+    store(path, *(live(n, LATER) for n in range(1, 4)))
+    raw(path, "UPDATE shmsession SET state = 7, body = x''")
+    news = [live(1, LATER, version=9), erased(2, LATER, version=9), dead(3, LATER)]
+    answers = using(path, lambda backend: backend.write(news))
+    assert answers == [Answer(True, Mark(State.ERASED, 1, live(n, LATER).version)) for n in range(1, 4)]
+    assert dict(raw(path, "SELECT handle, state FROM shmsession")) == {new.handle: new.state for new in news}
 
 
 def test_a_full_disk_is_an_error_that_writes_nothing_and_passes(path: Path) -> None:

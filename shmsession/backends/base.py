@@ -22,6 +22,10 @@ class State(IntEnum):
     DEAD = 3
 
 
+STATES: Final = {int(state): state for state in State}
+"""By number. A stored row with another one is damaged; it counts as ERASED, so that it stops no batch."""
+
+
 class Mark(NamedTuple):
     """What the order of rows is made of. A later (epoch, version) is newer; see `wins`."""
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from shmsession.errors import BackendError, ConfigError
 
-from .base import SENTINEL, Answer, Mark, Row, State, wins
+from .base import SENTINEL, STATES, Answer, Mark, Row, State, wins
 from .postgres_pool import BUSY, Connection, Pool, checked, name_of
 
 SCHEMA: Final = 1
@@ -188,8 +188,11 @@ class PostgresBackend:
             return []
         columns = [list(column) for column in zip(*rows, strict=True)]
         columns[1] = list(map(int, columns[1]))
-        met = {handle: _mark(*was) for handle, *was in await self._ask(_WRITE, columns)}
-        return [Answer(wins(row, met[row.handle]), met[row.handle]) for row in rows]
+        met = {
+            handle: None if state is None else Mark(STATES.get(state, State.ERASED), epoch, version)
+            for handle, state, epoch, version in await self._ask(_WRITE, columns)
+        }
+        return [Answer(wins(row, before := met[row.handle]), before) for row in rows]
 
     async def sweep(self, now: int, limit: int) -> int:
         """Delete rows whose horizon has passed; those that somebody writes just now are left for the next time."""
@@ -273,7 +276,3 @@ def _row(values: tuple[Any, ...]) -> Row:
         return Row(handle, State(state), *rest)
     except ValueError:
         raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it") from None
-
-
-def _mark(state: int | None, epoch: int, version: int) -> Mark | None:
-    return None if state is None else Mark(State(state), epoch, version)

@@ -17,9 +17,9 @@ from redis.exceptions import RedisError
 
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
-from .base import SENTINEL, Answer, Mark, Row, State
+from .base import SENTINEL, STATES, Answer, Mark, Row, State
 from .redis_client import Client, Command, parsed
-from .redis_scripts import KILL, LIST, UNLIST, WRITE, packed, unpacked
+from .redis_scripts import APPLIED, HEAD, KILL, LIST, UNLIST, UNLISTED, WRITE, packed, unpacked
 
 logger = logging.getLogger("shmsession")
 
@@ -122,15 +122,19 @@ class RedisBackend:
             await self._client.call(LIST, [(self._user_key(user), handle, h) for handle, (user, h) in unlisted.items()])
             calls = [(self._row_key(row.handle), packed(row), *listed.get(row.handle, ())) for row in pending]
             again, unlisted = [], {}
-            for row, (outcome, *rest) in zip(pending, await self._client.call(WRITE, calls), strict=True):
-                if outcome == 2:
-                    again.append(row)
-                    listed[row.handle] = unlisted[row.handle] = (rest[0], rest[1])
-                    continue
-                before = Mark(State(rest[0]), rest[1], rest[2]) if rest else None
-                answers[row.handle] = Answer(outcome == 1, before)
-                if rest and State.DEAD in (row.state, rest[0]):
-                    dead += [(user, row.handle, rest[4]) for user in {rest[3], row.user}]
+            for row, reply in zip(pending, await self._client.call(WRITE, calls), strict=True):
+                before = None
+                if len(reply) > 1:
+                    state, epoch, version, horizon, _ = HEAD.unpack_from(reply, 1)
+                    if reply[0] == UNLISTED:
+                        again.append(row)
+                        listed[row.handle] = unlisted[row.handle] = (reply[1 + HEAD.size :], horizon)
+                        continue
+                    before = Mark(STATES.get(state, State.ERASED), epoch, version)
+                    if State.DEAD in (row.state, state):
+                        until = max(horizon, row.horizon)
+                        dead += [(user, row.handle, until) for user in {reply[1 + HEAD.size :], row.user}]
+                answers[row.handle] = Answer(reply[0] == APPLIED, before)
             pending = again
             if not pending:
                 break
@@ -143,7 +147,8 @@ class RedisBackend:
         """Rows vanish by themselves: this only drops past entries from a few users' sets, and answers 0."""
         async with self._client.question():
             (cursor, keys), past = await self._client.ask(self._scan(self._cursor, "user", 16, limit), ("TIME",))
-            bound = min(now, past[0] * 1000 + past[1] // 1000)
+            seconds, micros = map(int, past)
+            bound = min(now, seconds * 1000 + micros // 1000)
             await self._client.ask(*(("ZREMRANGEBYSCORE", key, "-inf", f"({bound}") for key in keys))
         self._cursor = int(cursor)
         return 0

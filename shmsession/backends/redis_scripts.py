@@ -29,34 +29,35 @@ end
 """
 
 # base.wins. Arguments: the row; whom it is already listed for and until when, if it is.
-# Answers {2, user, horizon} when that is not enough for the row that would stand there: nothing was changed then.
+# Answers REFUSED or APPLIED, then the head and the user of what was there, if anything was; or UNLISTED, then the head
+# and the user of the row that would stand there, when it is not listed for that: nothing was changed then.
+REFUSED, APPLIED, UNLISTED = range(3)
 WRITE: Final = Script(
     _UNTIL
     + """
 local value, listed, listed_until = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local state, epoch, version, horizon, length = struct.unpack('>BI8I8I8B', value)
 local user = string.sub(value, 27, 26 + length)
-local held = redis.call('GETRANGE', KEYS[1], 0, 25)
-local applied, later, answer = true, true, {1}
+local held = redis.call('GETRANGE', KEYS[1], 0, 280)
+local applied, later = true, true
 if held ~= '' then
   local s, e, v, h, n = struct.unpack('>BI8I8I8B', held)
-  local owner = n > 0 and redis.call('GETRANGE', KEYS[1], 26, 25 + n) or ''
+  held = string.sub(held, 1, 26 + n)
   applied = state == DEAD or (s ~= DEAD and (epoch > e or (epoch == e and version > v)))
   later = horizon > h
-  if not later then
+  if horizon < h then
     value = string.sub(value, 1, 17) .. string.sub(held, 18, 25) .. string.sub(value, 26)
     horizon = h
   end
-  if not applied then state, user = s, owner end
-  answer = {applied and 1 or 0, s, e, v, owner, horizon}
+  if not applied then state, user = s, string.sub(held, 27) end
 end
 if (applied or later) and state == LIVE and user ~= '' and (user ~= listed or horizon > listed_until) then
-  return {2, user, horizon}
+  return struct.pack('>BBI8I8I8B', 2, state, epoch, version, horizon, #user) .. user
 end
 if applied then redis.call('SET', KEYS[1], value)
 elseif later then redis.call('SETRANGE', KEYS[1], 17, string.sub(value, 18, 25)) end
 if applied or later then live_until(horizon) end
-return answer
+return string.char(applied and 1 or 0) .. held
 """
 )
 

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote
 
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
-from .base import SENTINEL, Answer, Mark, Row, State, wins
+from .base import SENTINEL, STATES, Answer, Mark, Row, State, wins
 from .sqlite_file import File, Statements, schema_of
 
 P = ParamSpec("P")
@@ -32,7 +32,7 @@ PAGE: Final = 1000
 _VALUES: Final = 500
 """How many values a statement is given: some builds of SQLite take no more than 999."""
 
-_NOTHING: Final = (None, -1)
+_NOTHING: Final = (None, -1, b"")
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _UNAVAILABLE: Final = {
     sqlite3.SQLITE_IOERR: "cannot be read or written: see what the system's log says of the disk",
@@ -207,28 +207,34 @@ class SQLiteBackend:
     def _write(self, db: sqlite3.Connection, rows: Sequence[Row]) -> list[Answer]:
         with _transaction(db):
             stored = self._stored(db, rows)
-            answers, put, prolong = [], [], []
+            answers, put, renew, prolong = [], [], [], []
             for row in rows:
-                before, horizon = stored.get(row.handle, _NOTHING)
+                handle, state, epoch, version, horizon, user, body = row
+                before, until, owner = stored.get(handle, _NOTHING)
                 applied = wins(row, before)
                 answers.append(Answer(applied, before))
-                if applied:
+                if not applied:
+                    if horizon > until:
+                        prolong.append((horizon, handle))
+                elif before is not None and state is before.state is State.LIVE and horizon <= until and user == owner:
+                    renew.append((epoch, version, body, handle))
+                else:
                     # int(): the driver looks for an adapter for every value that is not exactly of a type it knows.
-                    put.append((row.handle, int(row.state), *row[2:4], max(row.horizon, horizon), row.user, row.body))
-                elif row.horizon > horizon:
-                    prolong.append((row.horizon, row.handle))
+                    put.append((handle, int(state), epoch, version, max(horizon, until), user, body))
             db.executemany(self._sql.put, put)
+            db.executemany(self._sql.renew, renew)
             db.executemany(self._sql.prolong, prolong)
             return answers
 
-    def _stored(self, db: sqlite3.Connection, rows: Sequence[Row]) -> dict[bytes, tuple[Mark, int]]:
-        """Mark and horizon of what is there under the rows' handles."""
+    def _stored(self, db: sqlite3.Connection, rows: Sequence[Row]) -> dict[bytes, tuple[Mark, int, bytes]]:
+        """Mark, horizon and user of what is there under the rows' handles."""
         found = {}
         for start in range(0, len(rows), _VALUES):
             handles = [row.handle for row in rows[start : start + _VALUES]]
-            for handle, state, epoch, version, horizon in self._fetch(db, self._sql.stored(len(handles)), *handles):
-                known = state if state in (State.LIVE, State.DEAD) else State.ERASED  # a damaged row stops no batch
-                found[handle] = Mark(State(known), epoch, version), horizon
+            for handle, state, epoch, version, horizon, user in self._fetch(
+                db, self._sql.stored(len(handles)), *handles
+            ):
+                found[handle] = Mark(STATES.get(state, State.ERASED), epoch, version), horizon, user
         return found
 
     def _sweep(self, db: sqlite3.Connection, now: int, limit: int) -> int:

@@ -44,12 +44,13 @@ class Statements:
         self.is_made = f"SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{name}_schema' COLLATE NOCASE"
         self.schema = f"SELECT version FROM {name}_schema"
         self.load = f"SELECT {_COLUMNS} FROM {table} WHERE handle = ?"
-        self._stored = f"SELECT handle, state, epoch, version, horizon FROM {table} WHERE handle IN "
+        self._stored = f"SELECT handle, state, epoch, version, horizon, user FROM {table} WHERE handle IN "
         self.put = (
             f"INSERT INTO {table} ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
             "state = excluded.state, epoch = excluded.epoch, version = excluded.version, horizon = excluded.horizon, "
             "user = excluded.user, body = excluded.body"
         )
+        self.renew = f"UPDATE {table} SET epoch = ?, version = ?, body = ? WHERE handle = ?"
         self.prolong = f"UPDATE {table} SET horizon = ? WHERE handle = ?"
         self.sweep = f"DELETE FROM {table} WHERE handle IN (SELECT handle FROM {table} WHERE horizon < ? LIMIT ?)"
         self.live = f"SELECT count(*) FROM {table} WHERE {live}"

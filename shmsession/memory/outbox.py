@@ -14,8 +14,8 @@ from .seal import RecordSeal
 from .tables import CROSSED, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
 from .writing import Writer
 
-CHUNK: Final = 50
-"""So many records are sealed anew in one transaction: others wait for it."""
+CHUNK: Final = 100
+"""So many records are looked through in one transaction: others wait for it."""
 
 
 LAST_PLACE: Final = b"\xff" * PLACE_BYTES
@@ -154,9 +154,8 @@ class Outbox:
             def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk) -> None:
                 if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
                     return
-                _cross_off(
-                    txn, tables, [one for one in chunk if txn.get(one.handle, db=tables.records) == one.record.raw]
-                )
+                same = [one for one in chunk if txn.get(one.handle, db=tables.records) == one.record.raw]
+                _cross_off(txn, tables, same)
 
             try:
                 self._environment.write(work)
