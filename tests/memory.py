@@ -318,7 +318,11 @@ class Neighbour(Child):
             store = memory_store(directory, SystemClock(), **settings)
             while True:
                 function, *arguments = channel.receive()
-                channel.send(function(store, *arguments))
+                try:
+                    answer = function(store, *arguments)
+                except Exception as error:  # noqa: BLE001  # told to the parent; the process lives on
+                    answer = Raised(type(error).__name__, str(error))
+                channel.send(answer)
 
         super().__init__(work, fork)
 

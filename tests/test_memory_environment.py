@@ -27,7 +27,6 @@ from tests.figures import report, rng, size
 from tests.memory import (
     Channel,
     Child,
-    ChildError,
     Neighbour,
     check_tables,
     closing,
@@ -366,21 +365,14 @@ def test_processes_look_once_a_second(store: MemoryStore) -> None:
 def test_directories_that_come_and_go_while_processes_use_them_leave_all_in_one_store(
     base: Path, always_look: None
 ) -> None:
-    """A use that falls between the removal of one file and of the next may be refused, by an error of the store."""
-    refused = 0
+    """No use is refused, between which files of it the removal may ever have got."""
     with Neighbour(base) as first, Neighbour(base) as second:
         for number in range(100):
             for neighbour in (first, second):
                 neighbour.channel.send((create, handle(number), number))
             rmtree(base / "test", ignore_errors=True)
             for neighbour in (first, second):
-                try:
-                    answer = neighbour.channel.receive()
-                except ChildError as error:
-                    answer = error.kind
-                    refused += 1
-                assert answer in (True, False, "StoreError", "StoreFull", "UnsafeStore")
-        assert refused < 20
+                assert neighbour.channel.receive() in (True, False)
         assert first(uuid_of) == second(uuid_of)
 
 

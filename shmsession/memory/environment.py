@@ -340,7 +340,7 @@ class Environment:
         except FileNotFoundError:
             raise
         except UnsafeStore as error:
-            if not self.path.exists():
+            if not os.fstat(directory).st_nlink:
                 raise FileNotFoundError(f"{self.path} was removed") from error
             raise
         except (OSError, lmdb.Error) as error:
