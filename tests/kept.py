@@ -64,6 +64,7 @@ class Kept:
 
         async def all_rows(backend: Backend) -> dict[bytes, Row]:
             found = {}
+            await backend.initialize()  # the server's own may not have come to it
             async for handle in backend.handles():
                 row = await backend.load(handle)
                 if row is not None and row.state is State.LIVE:

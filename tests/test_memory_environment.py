@@ -300,16 +300,16 @@ def test_whoever_dies_at_any_line_of_a_rebuild_loses_no_session(place: Path, mon
 @pytest.mark.soak
 def test_whoever_is_killed_at_any_instant_while_others_open_leaves_a_store_that_opens(place: Path) -> None:
     """Some die while they make it, some while they attach or leave; one that lives reads and writes on."""
+    rounds = size(1000, 60)
+    random = rng("killed openers")
+    base, killed = place / "base", 0
+    live: Neighbour | None = None
 
     def come_and_go(_: object) -> None:
         while True:
             with closing(memory_store(base)) as store:
                 create(store, handle(7), "x")
 
-    rounds = size(1000, 60)
-    random = rng("killed openers")
-    base, killed = place / "base", 0
-    live: Neighbour | None = None
     try:
         for number in range(rounds):
             if number % 20 == 0:

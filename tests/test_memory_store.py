@@ -993,6 +993,12 @@ class AnyOrder(RuleBasedStateMachine):
             assert header is not None
             if header.flags & TOMBSTONE:
                 self._bury(key, Missing.DEAD)
+        for key in self.dead.keys() & self.waiting:  # one that is due goes on saying it, for as long again
+            why, since = self.dead[key]
+            header = header_of(self.store, key)
+            assert header is not None
+            assert header.changed == since or (header.changed == self.clock.boot() >= since + 60_000)
+            self.dead[key] = (why, header.changed)
         self._took(1)
 
     @rule(count=st.integers(1, 5))
