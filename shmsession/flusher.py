@@ -33,6 +33,8 @@ BATCH_BYTES: Final = 1 << 20
 """So many rows are sent at once, or fewer of about so many bytes: a slow connection must carry them in time."""
 PIECE: Final = 100
 """So many are read and made rows in one go."""
+TURNS: Final = 20
+"""So often the loop goes round before more is read: by then the driver has sent the batch, and the backend writes."""
 BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
@@ -85,6 +87,8 @@ class Flusher:
         self._failures = 0
         self._batch = BATCH
         self._ahead: _Ahead | None = None
+        self._heard: list[tuple[list[Dirty], int]] = []
+        """What the backend has and is yet to be crossed off, and how many losses were known when it was sent."""
         self._beside: Callable[[Coroutine[Any, Any, _Ahead | None]], asyncio.Task[_Ahead | None]] = asyncio.create_task
         """Lets something run while something else is waited for."""
         self._next_sweep = 0
@@ -151,8 +155,11 @@ class Flusher:
             return
         self._ahead = None
         try:
-            while self.holds_lease and await self.round() == BATCH:
-                pass
+            try:
+                while self.holds_lease and await self.round() == BATCH:
+                    pass
+            finally:
+                self._cross_off()
             await self._keep_house()
             if self.holds_lease and self._outbox.ends() and not self._outbox.oldest(1):
                 self._yields_until = self._clock.boot() + 2 * BEAT_MS  # who has the Key is to have a chance
@@ -216,6 +223,8 @@ class Flusher:
             return True
         finally:
             with contextlib.suppress(ShmSessionError):
+                self._cross_off()
+            with contextlib.suppress(ShmSessionError):
                 self._lease.release()
 
     def _newest(self) -> bytes:
@@ -244,6 +253,7 @@ class Flusher:
     async def round(self) -> int:
         """Send the oldest commits, a batch at most; returns how many, BATCH when there may be more.
 
+        While the backend writes, what it wrote in the last round is crossed off, and the next batch is read.
         Raises BackendError, StoreError.
         """
         if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
@@ -254,10 +264,11 @@ class Flusher:
         await self._recall.put_back(BATCH)
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead.losses != self._outbox.losses() or not self._recall.is_done:
+            self._cross_off()
             ahead = await self._read(losses, limit, NO_PLACE, self._newest())
         waiting, full = ahead.rows, ahead.full
         reading = None
-        if full and self._recall.is_done:  # read on while the backend writes
+        if full and self._recall.is_done:
             last = waiting[-1][0].record.place
             reading = self._beside(self._read_ahead(losses, min(BATCH, limit * 2), last, ahead.until))
         try:
@@ -269,6 +280,8 @@ class Flusher:
                     await self._send(batch)
             if reading is not None:
                 self._ahead = await reading
+            else:
+                self._cross_off()
         finally:
             if reading is not None:
                 reading.cancel()
@@ -282,20 +295,22 @@ class Flusher:
         have a place that was passed, and its new row, which waits behind `until`, must not be sent before that.
         """
         rows: list[tuple[Dirty, Row]] = []
-        size = BATCH_BYTES
+        row_of, size = self._rows.row_of, BATCH_BYTES
         while len(rows) < limit and size > 0:
             piece = self._outbox.oldest(min(PIECE, limit - len(rows)), size, after, until)
             if not piece:
                 break
-            for dirty in piece:
-                rows.append((dirty, self._rows.row_of(dirty)))
-                size -= len(dirty.record.raw)
+            rows += [(dirty, row_of(dirty)) for dirty in piece]
+            size -= sum(len(dirty.record.raw) for dirty in piece)
             after = piece[-1].record.place
             await asyncio.sleep(0)
         return _Ahead(rows, len(rows) >= limit or size <= 0, until, losses)
 
     async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
         """The same; None when nothing is left there, or it cannot be read now."""
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        self._cross_off()
         try:
             ahead = await self._read(losses, limit, after, until)
         except ShmSessionError:
@@ -330,9 +345,15 @@ class Flusher:
                 self._outbox.obey(dirty.handle)
             else:
                 self._outbox.outnumber(dirty.handle, answer.before.epoch, answer.before.version)
-        self._outbox.acknowledge(done, losses)
+        self._heard.append((done, losses))
         if unexplained:
             raise BackendError(f"{self._backend.name} refused a row and named nothing that stands in its way")
+
+    def _cross_off(self) -> None:
+        """What was sent and has not changed since waits no more."""
+        heard, self._heard = self._heard, []
+        for done, losses in heard:
+            self._outbox.acknowledge(done, losses)
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -259,9 +259,10 @@ class SessionStore(Committer):
             ticket = self._ticket(credential)
             if isinstance(ticket, Resolved):
                 return ticket
-            found = self._in_memory(ticket)
+            now = self.clock.now()
+            found = self._in_memory(ticket, now)
             if found is not Missing.UNKNOWN:
-                return _resolved(ticket, found, self.clock.now())
+                return _resolved(ticket, found, now)
             try:
                 found = await self.behind.load_async(ticket.handle)
             except BackendError as error:
@@ -283,7 +284,7 @@ class SessionStore(Committer):
         if self._backend is None:
             memory = self._memory or self.memory  # spares a call
             return _resolved(ticket, memory.load(ticket.handle, now), now)
-        found = self._in_memory(ticket)
+        found = self._in_memory(ticket, now)
         if found is Missing.UNKNOWN:
             try:
                 found = self.behind.load(ticket.handle)
@@ -291,9 +292,9 @@ class SessionStore(Committer):
                 return self._unread(ticket, error)
         return _resolved(ticket, found, now)
 
-    def _in_memory(self, ticket: Ticket) -> Record | Missing:
-        memory = self.memory
-        found = memory.load(ticket.handle, self.clock.now())
+    def _in_memory(self, ticket: Ticket, now: int) -> Record | Missing:
+        memory = self._memory or self.memory  # spares a call
+        found = memory.load(ticket.handle, now)
         memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
         return found
 

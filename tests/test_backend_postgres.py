@@ -11,15 +11,16 @@ from typing import Any, ParamSpec
 
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 
-from shmsession.backends import Answer, Backend, Mark, Row, State, connect
+from shmsession.backends import Answer, Backend, Mark, Row, State, connect, postgres_pool
 from shmsession.backends.postgres import SCHEMA, PostgresBackend
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from shmsession.testing.contract import BackendContract
 from shmsession.testing.races import tell_one_story
 from tests.databases import PostgresServer
 from tests.figures import SEED, report, rng, size
-from tests.servers import PATIENCE
+from tests.servers import PATIENCE, wait_for
 
 pytest_plugins = ["tests.database_hosts"]
 
@@ -229,6 +230,31 @@ async def test_a_connection_cut_by_the_administrator_costs_one_question_at_most(
 
 
 @asynchronous
+async def test_a_connection_that_has_just_answered_is_not_asked_whether_it_works(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was idle for a second is, and one that has something to say."""
+    checked: list[object] = []
+    check = AsyncConnectionPool.check_connection
+
+    async def checking(connection: Any) -> None:
+        checked.append(connection)
+        await check(connection)
+
+    monkeypatch.setattr(AsyncConnectionPool, "check_connection", staticmethod(checking))
+    async with opened(url, max_size=1) as backend:
+        for number in range(5):
+            await backend.write([live(number)])
+        before = len(checked)
+        assert before <= 2, "the new connection, at most"
+        assert await backend.count() == 5
+        assert len(checked) == before
+        monkeypatch.setattr(postgres_pool, "FRESH_SECONDS", 0.0)
+        assert await backend.count() == 5
+        assert len(checked) == before + 1
+
+
+@asynchronous
 async def test_what_waits_too_long_for_a_lock_is_unavailable_and_not_left_running(
     postgres: PostgresServer, url: str
 ) -> None:
@@ -273,8 +299,11 @@ async def waits_for_a_lock(postgres: PostgresServer) -> None:
 
 
 def terminate(postgres: PostgresServer) -> None:
-    """End the connections of all backends."""
-    postgres.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'shmsession'")
+    """End the connections of all backends; they have ended."""
+    pids = [pid for (pid,) in postgres.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'shmsession'")]
+    postgres.run(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY{pids}::int[]) AS pid")
+    left = f"SELECT 1 FROM pg_stat_activity WHERE pid = ANY (ARRAY{pids}::int[])"
+    wait_for(lambda: not postgres.run(left), "all connections have ended")
 
 
 # ── races ──────────────────────────────────────────────────────────────────────────────────────────────────────

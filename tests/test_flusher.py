@@ -87,9 +87,24 @@ def test_the_oldest_go_first_and_a_hot_session_keeps_its_place(host: Host) -> No
     assert run(flusher.round()) == BATCH
     first = next(batch for batch in host.backend.sent if batch)
     assert [row.handle for row in first] == [handle(n + 1) for n in range(BATCH)]
-    assert waiting(host.memory) == [handle(n + 1) for n in range(BATCH, BATCH + 5)]
     assert run(flusher.round()) == 5
+    assert [row.handle for row in host.backend.sent[-1]] == [handle(n + 1) for n in range(BATCH, BATCH + 5)]
     host.agrees()
+
+
+def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host) -> None:
+    """And a round that fails leaves no batch before it to be sent again."""
+    for n in range(3 * BATCH):
+        host.create(handle(n + 1), n=n)
+    flusher = host.flusher()
+    assert run(flusher.round()) == BATCH
+    assert len(host.memory.outbox) == 3 * BATCH
+    sending = host.sending(handle(BATCH + 1), flusher).until("write!")
+    assert len(host.memory.outbox) == 2 * BATCH
+    sending.finish()
+    host.backend.fail("write", BEFORE)
+    attempt(flusher)
+    assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH)]
 
 
 def test_a_commit_while_the_answer_is_awaited_waits_for_the_next_round(host: Host) -> None:

@@ -47,6 +47,18 @@ def test_the_oldest_come_first(host: Host) -> None:
     assert [dirty.record for dirty in host.memory.outbox.oldest(9)] == [host.load(key) for key in (C, A, B)]
 
 
+def test_no_place_is_given_out_twice(host: Host) -> None:
+    """Though older ones still wait, and no time passes: whoever hears late of one must not take it for another's."""
+    seen: set[bytes] = set()
+    host.create(handle(100))
+    for n in range(1, 20):
+        host.create(handle(n))
+        *_, newest = host.memory.outbox.oldest(9)
+        assert newest.record.place not in seen
+        seen.add(newest.record.place)
+        host.memory.outbox.acknowledge([newest])
+
+
 def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:
     """Only damage leaves one: nobody waits for it for ever."""
     host.create(A)

@@ -22,6 +22,8 @@ class State(IntEnum):
     DEAD = 3
 
 
+_DEAD: Final = State.DEAD  # a member that is looked up at its class takes as long as all the rest of `wins`
+
 STATES: Final = {int(state): state for state in State}
 """By number. A stored row with another one is damaged; it counts as ERASED, so that it stops no batch."""
 
@@ -66,11 +68,9 @@ def wins(row: Row, before: Mark | None) -> bool:
 
     Death beats everything and is never undone; otherwise the newer one wins. Equal ones do not: nothing would change.
     """
-    if before is None or row.state is State.DEAD:
+    if before is None or row.state is _DEAD:
         return True
-    if before.state is State.DEAD:
-        return False
-    return (row.epoch, row.version) > (before.epoch, before.version)
+    return before.state is not _DEAD and row[2:4] > before[1:]
 
 
 class Backend(Protocol):

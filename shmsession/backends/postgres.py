@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from shmsession.errors import BackendError, ConfigError
 
 from .base import SENTINEL, STATES, Answer, Mark, Row, State, wins
+from .postgres_array import of_bytes, of_int2, of_int8
 from .postgres_pool import BUSY, Connection, Pool, checked, name_of
 
 SCHEMA: Final = 1
@@ -186,8 +187,11 @@ class PostgresBackend:
         """All of them in one statement."""
         if not rows:
             return []
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        columns[1] = list(map(int, columns[1]))
+        handles, states, epochs, versions, horizons, users, bodies = zip(*rows, strict=True)
+        columns = [
+            of_bytes(handles), of_int2(states), of_int8(epochs), of_int8(versions), of_int8(horizons), of_bytes(users),
+            of_bytes(bodies),
+        ]  # fmt: skip
         met = {
             handle: None if state is None else Mark(STATES.get(state, State.ERASED), epoch, version)
             for handle, state, epoch, version in await self._ask(_WRITE, columns)

@@ -5,7 +5,9 @@ Errors become ours here. What is passed on of a server's message is its first pa
 
 import asyncio
 import contextlib
+import math
 import os
+import select
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, Self
@@ -17,7 +19,11 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
+from .postgres_array import Array, ArrayDumper
+
 CANCEL_SECONDS: Final = 0.5
+FRESH_SECONDS: Final = 1.0
+"""So long after an answer a connection is believed to work, unless there is something to be read from it."""
 BUSY: Final = (errors.DeadlockDetected, errors.SerializationFailure)
 """The statement lost against others and changed nothing: it may be repeated."""
 
@@ -43,6 +49,9 @@ _OTHERWISE: Final = "The server's log says more."
 
 class Connection(AsyncConnection[tuple[Any, ...]]):
     """One that says why it could not be made; the pool keeps that to its log."""
+
+    answered = -math.inf
+    """When it was given back, on the loop's clock."""
 
     @classmethod
     async def connect(  # type: ignore[override]  # called by the pool only, with these
@@ -101,6 +110,7 @@ class Pool:
                 await self._pool.drain()  # new ones may lead to the server that is the primary now
                 raise
             finally:
+                connection.answered = loop.time()
                 await self._pool.putconn(connection)
         except (psycopg.Error, TimeoutError) as error:
             raise self._translated(error, late=loop.time() >= deadline) from None
@@ -127,6 +137,7 @@ class Pool:
 
     async def _configure(self, connection: Connection) -> None:
         self._failure = None
+        connection.adapters.register_dumper(Array, ArrayDumper)
         with _cut_at(connection, asyncio.get_running_loop().time() + self._timeout):
             await connection.execute(
                 "SELECT set_config('statement_timeout', %s, false),"
@@ -136,8 +147,11 @@ class Pool:
 
     async def _check(self, connection: Connection) -> None:
         """When one connection is broken, all idle ones are, most likely: finding out one by one would take seconds."""
+        now = asyncio.get_running_loop().time()
+        if now - connection.answered < FRESH_SECONDS and _is_silent(connection):
+            return
         try:
-            with _cut_at(connection, asyncio.get_running_loop().time() + self._timeout / 2):
+            with _cut_at(connection, now + self._timeout / 2):
                 await self._pool.check_connection(connection)
         except psycopg.Error:
             await self._pool.drain()
@@ -179,6 +193,13 @@ def _cut_at(connection: Connection, deadline: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _is_silent(connection: Connection) -> bool:
+    """Whether the server has said nothing since its answer, not even that it hangs up."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return not poll.poll(0)
 
 
 def _cut(connection: Connection) -> None:

@@ -4,7 +4,6 @@ Each process adds in a slot of its own, which it holds by a lock that dies with 
 numbers that stand there. So nothing is ever lost, reset or counted twice, and nobody waits.
 """
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -50,8 +49,11 @@ class Counters:
     def add(self, name: str, count: int = 1) -> None:
         """Count `count` more."""
         index = self._begin + _INDEX[name]
-        with self._adding, contextlib.suppress(ValueError):  # closed by another thread meanwhile
-            self._words[index] += count
+        with self._adding:
+            try:  # noqa: SIM105  # a third of the time of contextlib.suppress
+                self._words[index] += count
+            except ValueError:  # closed by another thread meanwhile
+                pass
 
     def totals(self) -> dict[str, int]:
         """What all processes have counted, those that ended included."""

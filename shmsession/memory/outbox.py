@@ -92,10 +92,10 @@ class Outbox:
             window = self._window(limit - len(batch), size, after, until)
             for place, handle, raw in window:
                 try:
-                    record = self._seal.open(handle, raw)
+                    record = self._seal.open_in_passing(handle, raw)
                 except Unreadable:
                     continue
-                if record is None or record.place != place:
+                if record is None or raw[-PLACE_BYTES:] != place:
                     stray.append((place, handle))
                 else:
                     batch.append(Dirty(handle, record))

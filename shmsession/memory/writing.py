@@ -9,7 +9,7 @@ import lmdb
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull
-from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
+from shmsession.record import NO_PLACE, STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
 
 from . import room
 from .drafting import Drafts
@@ -176,7 +176,8 @@ class Writer:
         if front and cursor.first():
             place = sequence_key(number(bytes(cursor.key())) - 1)
         else:
-            last = cursor.key() if cursor.last() else txn.get(CROSSED, db=tables.meta)
+            crossed = txn.get(CROSSED, NO_PLACE, db=tables.meta)
+            last = max(cursor.key(), crossed) if cursor.last() else crossed  # type: ignore[type-var]
             place = sequence_key(sequence_after(number(last), self._clock.now()))  # type: ignore[arg-type]
         cursor.put(place, handle)
         return place
