@@ -307,11 +307,11 @@ class Flusher:
         return _Ahead(rows, len(rows) >= limit or size <= 0, until, losses)
 
     async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
-        """The same; None when nothing is left there, or it cannot be read now."""
+        """Cross off what was sent before, then the same; None when nothing is left there, or the store fails now."""
         for _ in range(TURNS):
             await asyncio.sleep(0)
-        self._cross_off()
         try:
+            self._cross_off()
             ahead = await self._read(losses, limit, after, until)
         except ShmSessionError:
             return None
@@ -350,10 +350,11 @@ class Flusher:
             raise BackendError(f"{self._backend.name} refused a row and named nothing that stands in its way")
 
     def _cross_off(self) -> None:
-        """What was sent and has not changed since waits no more."""
-        heard, self._heard = self._heard, []
-        for done, losses in heard:
+        """What was sent and has not changed since waits no more. What cannot be crossed off now is at the next call."""
+        while self._heard:
+            done, losses = self._heard[0]
             self._outbox.acknowledge(done, losses)
+            del self._heard[0]
 
     # ── keeping house ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -107,6 +107,29 @@ def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host
     assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH)]
 
 
+def test_what_cannot_be_crossed_off_now_is_so_later_and_not_sent_again(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store may be too full for a moment; the attempt that meets it there says so."""
+    for n in range(3 * BATCH):
+        host.create(handle(n + 1), n=n)
+    flusher = host.flusher()
+    assert run(flusher.round()) == BATCH
+    with monkeypatch.context() as patch:
+        patch.setattr(host.memory.outbox, "acknowledge", _full)
+        assert run(flusher.round()) == BATCH
+        with pytest.raises(StoreFull):
+            run(flusher.round())
+    assert len(host.memory.outbox) == 3 * BATCH
+    host.flush(flusher)
+    assert [row.handle for batch in host.backend.sent for row in batch] == [handle(n + 1) for n in range(3 * BATCH)]
+    host.agrees()
+
+
+def _full(*_: object) -> None:
+    raise StoreFull("as a full store does")
+
+
 def test_a_commit_while_the_answer_is_awaited_waits_for_the_next_round(host: Host) -> None:
     host.create(A, n=1)
     flusher = host.flusher()
