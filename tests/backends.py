@@ -111,7 +111,7 @@ class MemoryBackend:
     """Rows in a dict, under the contract's rule. `labelled`: it pauses at "<call>" and "<call>!", before and after."""
 
     name = "fake"
-    remote = False
+    remote = True
     expires = False
 
     def __init__(self, *, labelled: bool = True) -> None:

@@ -335,13 +335,13 @@ def show(lines: Sequence[Line]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench_backends", description=__doc__)
-    parser.add_argument("databases", nargs="*", choices=list(DATABASES), default=list(DATABASES))
+    parser.add_argument("databases", nargs="*", choices=[*DATABASES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sessions", type=int, default=20_000, help="that wait when they are drained")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long one of the variants of requests is run")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
-    for name in options.databases:
+    for name in DATABASES if "all" in options.databases else options.databases:
         show(ratios(name, options.rounds, options.sessions, options.seconds))
 
 

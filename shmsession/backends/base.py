@@ -83,7 +83,8 @@ class Backend(Protocol):
     name: str
     """For logs and numbers: no credentials in it."""
     remote: bool
-    """Whether others than this host's processes may reach it: then the Keys must be configured, not generated."""
+    """Whether it is a server, which others than this host's processes may reach: then the Keys must be configured, not
+    generated, and the flusher goes on while it writes."""
     expires: bool
     """Whether rows vanish by themselves after their horizon, so that nobody need sweep."""
 
