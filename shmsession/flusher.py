@@ -34,7 +34,8 @@ BATCH_BYTES: Final = 1 << 20
 PIECE: Final = 100
 """So many are read and made rows in one go."""
 TURNS: Final = 20
-"""So often the loop goes round before more is read: by then the driver has sent the batch, and the backend writes."""
+"""So often the loop goes round before more is read: by then most drivers have sent the batch, and the backend writes.
+One that needs longer is sent for while others have their turn."""
 BACKOFF_MS: Final = (100, 5_000)
 """How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
@@ -159,7 +160,8 @@ class Flusher:
                 while self.holds_lease and await self.round() == BATCH:
                     pass
             finally:
-                self._cross_off()
+                with contextlib.suppress(ShmSessionError):  # it must hide neither an error nor a cancellation
+                    self._cross_off()
             await self._keep_house()
             if self.holds_lease and self._outbox.ends() and not self._outbox.oldest(1):
                 self._yields_until = self._clock.boot() + 2 * BEAT_MS  # who has the Key is to have a chance

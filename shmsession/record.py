@@ -45,6 +45,7 @@ packing such values runs no Python code, so that the GIL is held throughout."""
 _LAYOUT = struct.Struct(">BB4sQQQQQQQQ8s")
 HEADER_BYTES: Final = _LAYOUT.size
 KEY_ID_AT: Final = 2
+"""Where the id of the Key stands: behind format and flags."""
 PLACE_BYTES: Final = 8
 NO_PLACE: Final = bytes(PLACE_BYTES)
 

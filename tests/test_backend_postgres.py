@@ -215,8 +215,10 @@ async def test_a_stopped_server_is_unavailable_within_the_timeout(postgres: Post
 
 @asynchronous
 async def test_a_connection_cut_by_the_administrator_costs_one_question_at_most(
-    postgres: PostgresServer, url: str
+    postgres: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That it was cut is heard, however fresh it is."""
+    monkeypatch.setattr(postgres_pool, "FRESH_SECONDS", PATIENCE)
     async with opened(url, timeout=PATIENCE) as backend:
         await asyncio.gather(*(backend.write([live(number)]) for number in range(20)))
         terminate(postgres)
@@ -233,7 +235,7 @@ async def test_a_connection_cut_by_the_administrator_costs_one_question_at_most(
 async def test_a_connection_that_has_just_answered_is_not_asked_whether_it_works(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that was idle for a second is, and one that has something to say."""
+    """One that was idle for a while is."""
     checked: list[object] = []
     check = AsyncConnectionPool.check_connection
 
@@ -242,6 +244,7 @@ async def test_a_connection_that_has_just_answered_is_not_asked_whether_it_works
         await check(connection)
 
     monkeypatch.setattr(AsyncConnectionPool, "check_connection", staticmethod(checking))
+    monkeypatch.setattr(postgres_pool, "FRESH_SECONDS", PATIENCE)
     async with opened(url, max_size=1) as backend:
         for number in range(5):
             await backend.write([live(number)])

@@ -403,7 +403,7 @@ def test_a_row_that_nobody_can_have_written_is_an_error_and_not_an_absence_until
     newer = live(1, LATER, version=2)
 
     async def work(backend: SQLiteBackend) -> None:
-        with pytest.raises(BackendError, match="holds what no version wrote"):
+        with pytest.raises(BackendError, match="is damaged: destroy it"):
             await backend.load(handle_of(1))
         assert [answer.applied for answer in await backend.write([newer])] == [True]
         assert await backend.load(handle_of(1)) == newer

@@ -17,6 +17,7 @@ from shmsession.flusher import (
     SWEEP_LIMIT,
     SWEEP_MS,
     Flusher,
+    is_down,
 )
 from shmsession.hooks import BackendForgot, Flushed, FlushFailed
 from shmsession.record import Changes
@@ -103,7 +104,8 @@ def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host
     assert len(host.memory.outbox) == 2 * BATCH
     sending.finish()
     host.backend.fail("write", BEFORE)
-    attempt(flusher)
+    with pytest.raises(BackendUnavailable):
+        run(flusher.round())
     assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH)]
 
 
@@ -136,6 +138,43 @@ def test_what_cannot_be_crossed_off_now_is_so_later_and_not_sent_again(
     host.flush(flusher)
     assert [row.handle for batch in host.backend.sent for row in batch] == [handle(n + 1) for n in range(3 * BATCH)]
     host.agrees()
+
+
+def test_a_backend_that_fails_beside_a_full_store_is_left_alone_for_a_while(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong in crossing off hides no error of the backend's."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        for n in range(3 * BATCH):
+            host.create(handle(n + 1), n=n)
+
+        def full(*_: object) -> None:
+            host.backend.fail("write", BEFORE)
+            raise StoreFull("as a full store does")
+
+        monkeypatch.setattr(host.memory.outbox, "acknowledge", full)
+        attempt(host.flusher())
+        assert len(host.backend.rows) == BATCH + 1
+        assert is_down(host.memory.environment, host.clock)
+
+
+def test_a_flusher_ends_when_it_is_cancelled_beside_a_full_store(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(2 * BATCH):
+        host.create(handle(n + 1), n=n)
+    flusher = host.flusher()
+    assert run(flusher.round()) == BATCH
+    monkeypatch.setattr(host.memory.outbox, "acknowledge", _full)
+
+    async def cancelled() -> None:
+        flusher.holds_lease = True
+        monkeypatch.setattr(flusher, "round", asyncio.Event().wait)
+        attempting = asyncio.create_task(flusher._attempt())
+        await asyncio.sleep(0)
+        attempting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attempting
+
+    asyncio.run(cancelled())
 
 
 def _full(*_: object) -> None:

@@ -70,7 +70,7 @@ def wins(row: Row, before: Mark | None) -> bool:
     """
     if before is None or row.state is _DEAD:
         return True
-    return before.state is not _DEAD and row[2:4] > before[1:]
+    return before.state is not _DEAD and row[2:4] > before[1:]  # (epoch, version)
 
 
 class Backend(Protocol):

@@ -32,7 +32,7 @@ class ArrayDumper(Dumper):
     oid = 0
 
     def dump(self, obj: Buffer) -> Buffer:
-        """Them."""
+        """The bytes, as they are."""
         return obj
 
 

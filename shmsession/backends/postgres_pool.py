@@ -17,13 +17,14 @@ from psycopg import AsyncConnection, errors
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from shmsession import _native
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
 from .postgres_array import Array, ArrayDumper
 
 CANCEL_SECONDS: Final = 0.5
 FRESH_SECONDS: Final = 1.0
-"""So long after an answer a connection is believed to work, unless there is something to be read from it."""
+"""So long after it was given back a connection is believed to work, unless there is something to be read from it."""
 BUSY: Final = (errors.DeadlockDetected, errors.SerializationFailure)
 """The statement lost against others and changed nothing: it may be repeated."""
 
@@ -50,7 +51,7 @@ _OTHERWISE: Final = "The server's log says more."
 class Connection(AsyncConnection[tuple[Any, ...]]):
     """One that says why it could not be made; the pool keeps that to its log."""
 
-    answered = -math.inf
+    returned = -math.inf
     """When it was given back, on the loop's clock."""
 
     @classmethod
@@ -110,7 +111,7 @@ class Pool:
                 await self._pool.drain()  # new ones may lead to the server that is the primary now
                 raise
             finally:
-                connection.answered = loop.time()
+                connection.returned = loop.time()
                 await self._pool.putconn(connection)
         except (psycopg.Error, TimeoutError) as error:
             raise self._translated(error, late=loop.time() >= deadline) from None
@@ -148,7 +149,7 @@ class Pool:
     async def _check(self, connection: Connection) -> None:
         """When one connection is broken, all idle ones are, most likely: finding out one by one would take seconds."""
         now = asyncio.get_running_loop().time()
-        if now - connection.answered < FRESH_SECONDS and _is_silent(connection):
+        if now - connection.returned < FRESH_SECONDS and _is_silent(connection):
             return
         try:
             with _cut_at(connection, now + self._timeout / 2):
@@ -197,7 +198,7 @@ def _cut_at(connection: Connection, deadline: float) -> Iterator[None]:
 
 def _is_silent(connection: Connection) -> bool:
     """Whether the server has said nothing since its answer, not even that it hangs up."""
-    poll = select.poll()
+    poll = _native.original(select, "poll")()  # gevent's would make a hub of its own in this thread
     poll.register(connection.fileno(), select.POLLIN)
     return not poll.poll(0)
 

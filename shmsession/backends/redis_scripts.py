@@ -29,8 +29,9 @@ end
 """
 
 # base.wins. Arguments: the row; whom it is already listed for and until when, if it is.
-# Answers REFUSED or APPLIED, then the head and the user of what was there, if anything was; or UNLISTED, then the head
-# and the user of the row that would stand there, when it is not listed for that: nothing was changed then.
+# Answers REFUSED or APPLIED, then the head and the user of what was there, if anything was; or UNLISTED, then a head of
+# which only state and horizon count, and the user, of the row that would stand there, when it is not listed for that:
+# nothing was changed then.
 REFUSED, APPLIED, UNLISTED = range(3)
 WRITE: Final = Script(
     _UNTIL

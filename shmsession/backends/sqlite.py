@@ -154,8 +154,6 @@ class SQLiteBackend:
             except sqlite3.Error as error:
                 if _code(error) not in _BUSY or time.monotonic() >= deadline:
                     raise self._explained(error) from error
-            except ValueError as error:
-                raise BackendError(f"{self.path} holds what no version wrote: restore it, or move it away") from error
             except OSError as error:
                 raise BackendUnavailable(
                     f"{self.path} cannot be made ({error.strerror}): see that its directory is there, that this user "
@@ -207,7 +205,7 @@ class SQLiteBackend:
     def _write(self, db: sqlite3.Connection, rows: Sequence[Row]) -> list[Answer]:
         with _transaction(db):
             stored = self._stored(db, rows)
-            answers, put, renew, prolong = [], [], [], []
+            answers, put, rewrite, prolong = [], [], [], []
             for row in rows:
                 handle, state, epoch, version, horizon, user, body = row
                 before, until, owner = stored.get(handle, _NOTHING)
@@ -217,12 +215,13 @@ class SQLiteBackend:
                     if horizon > until:
                         prolong.append((horizon, handle))
                 elif before is not None and state is before.state is State.LIVE and horizon <= until and user == owner:
-                    renew.append((epoch, version, body, handle))
+                    # LIVE over LIVE of the same user, until no later: no index need be touched.
+                    rewrite.append((epoch, version, body, handle))
                 else:
                     # int(): the driver looks for an adapter for every value that is not exactly of a type it knows.
                     put.append((handle, int(state), epoch, version, max(horizon, until), user, body))
             db.executemany(self._sql.put, put)
-            db.executemany(self._sql.renew, renew)
+            db.executemany(self._sql.rewrite, rewrite)
             db.executemany(self._sql.prolong, prolong)
             return answers
 
@@ -296,4 +295,8 @@ def _code(error: sqlite3.Error) -> int:
 
 
 def _row(found: tuple[Any, ...]) -> Row:
-    return Row(found[0], State(found[1]), *found[2:])
+    handle, state, *rest = found
+    try:
+        return Row(handle, State(state), *rest)
+    except ValueError:
+        raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it") from None

@@ -50,7 +50,7 @@ class Statements:
             "state = excluded.state, epoch = excluded.epoch, version = excluded.version, horizon = excluded.horizon, "
             "user = excluded.user, body = excluded.body"
         )
-        self.renew = f"UPDATE {table} SET epoch = ?, version = ?, body = ? WHERE handle = ?"
+        self.rewrite = f"UPDATE {table} SET epoch = ?, version = ?, body = ? WHERE handle = ?"
         self.prolong = f"UPDATE {table} SET horizon = ? WHERE handle = ?"
         self.sweep = f"DELETE FROM {table} WHERE handle IN (SELECT handle FROM {table} WHERE horizon < ? LIMIT ?)"
         self.live = f"SELECT count(*) FROM {table} WHERE {live}"

@@ -17,7 +17,6 @@ from .writing import Writer
 CHUNK: Final = 100
 """So many records are looked through in one transaction: others wait for it."""
 
-
 LAST_PLACE: Final = b"\xff" * PLACE_BYTES
 LOSSES: Final = b"forgot"
 """The note that says how often the backend was found to have lost what it had acknowledged."""
@@ -40,7 +39,7 @@ class Outbox:
         self._clock = clock
 
     def rows(self) -> list[tuple[int, bytes]]:
-        """(sequence, handle) of every commit that no backend has acknowledged, oldest first."""
+        """(place as a number, handle) of every commit that no backend has acknowledged, oldest first."""
         return self._environment.read(
             lambda txn, tables: [(number(bytes(key)), bytes(handle)) for key, handle in txn.cursor(tables.outbox)]
         )

@@ -27,7 +27,7 @@ VERIFIED_BYTES: Final = 4096
 
 
 class RecordSeal:
-    """header + data + keyed BLAKE2b-128 over handle, header and data + place in the outbox."""
+    """header + data + MAC + place in the outbox. The MAC, keyed BLAKE2b-128, is over handle, header and data only."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -44,7 +44,7 @@ class RecordSeal:
         return self._remember(handle, Record(raw, header, data, values))
 
     def placed(self, handle: bytes, record: Record, place: bytes) -> Record:
-        """`Record.placed`."""
+        """The record at another place, remembered as verified."""
         return self._remember(handle, record.placed(place))
 
     def open(self, handle: bytes, raw: bytes) -> Record | None:

@@ -18,7 +18,8 @@ _SEQUENCE_BITS: Final = 20
 _CLOCK = struct.Struct(">qQ")
 
 CROSSED: Final = b"crossed"
-"""The highest place of the outbox that was crossed off: none is given out twice."""
+"""The highest place of the outbox that was crossed off: none up to it is given out again behind all others. One in
+front may be, so that a place counts only together with the handle that stands there: see `waits`."""
 
 Txn = lmdb.Transaction
 
