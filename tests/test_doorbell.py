@@ -14,7 +14,7 @@ from shmsession.memory import doorbell
 from shmsession.memory.doorbell import Doorbell
 from tests.backends import MemoryBackend
 from tests.kept import Kept, check_equal
-from tests.servers import GTHREAD, PATIENCE, SYNC, Kind, Serve, wait_for
+from tests.servers import GTHREAD, PATIENCE, SYNC, Kind, Serve, Server, wait_for
 
 pytest_plugins = ["tests.hosts"]
 
@@ -128,6 +128,12 @@ def value(bell: Doorbell) -> int:
 # ── every kind of worker ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("name", ["postgres", "redis"])
+def test_a_gevent_worker_reaches_a_database_server(serve: Serve, place: Path, name: str) -> None:
+    with Kept(name, place) as kept:
+        _logins_reach(kept, serve(GEVENT, env={"SHMSESSION_BACKEND": kept.url}))
+
+
 @pytest.mark.parametrize("kind", [SYNC, GTHREAD, GEVENT], ids=str)
 @pytest.mark.parametrize("has_bell", [True, False], ids=["bell", "no_bell"])
 def test_sessions_reach_the_backend_under_every_worker_with_a_bell_or_without(
@@ -139,13 +145,16 @@ def test_sessions_reach_the_backend_under_every_worker_with_a_bell_or_without(
         (place / "without" / "posix_ipc.py").write_text("raise ImportError('not for this platform')\n")
         env["PYTHONPATH"] = str(place / "without")
     with Kept("sqlite", place) as kept:
-        server = serve(kind, env={"SHMSESSION_BACKEND": kept.url, **env})
-        server.wait_for_all()  # a gevent worker that is told to end while it boots may miss it
-        browsers = [server.browser() for _ in range(5)]
-        for number, browser in enumerate(browsers):
-            assert browser.post(f"/login/u{number}").status == 200
-            assert browser.get("/hit").json["hits"] == 1
-        assert browsers[0].post("/logout").status == 200
-        store = server.store()
-        wait_for(lambda: store.stats().outbox == 0, "all is flushed")
-        assert check_equal(store, kept) == 4
+        _logins_reach(kept, serve(kind, env={"SHMSESSION_BACKEND": kept.url, **env}))
+
+
+def _logins_reach(kept: Kept, server: Server) -> None:
+    server.wait_for_all()  # a gevent worker that is told to end while it boots may miss it
+    browsers = [server.browser() for _ in range(5)]
+    for number, browser in enumerate(browsers):
+        assert browser.post(f"/login/u{number}").status == 200
+        assert browser.get("/hit").json["hits"] == 1
+    assert browsers[0].post("/logout").status == 200
+    store = server.store()
+    wait_for(lambda: store.stats().outbox == 0, "all is flushed")
+    assert check_equal(store, kept) == 4

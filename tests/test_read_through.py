@@ -170,6 +170,25 @@ def test_a_session_that_is_nowhere_is_not_asked_for_again_and_again(host: Host) 
     asyncio.run(ask())
 
 
+def test_so_many_of_these_answers_are_kept_and_the_oldest_goes_first(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood of strangers costs no more memory than that."""
+    monkeypatch.setattr("shmsession.behind.MISSING_HANDLES", 3)
+
+    async def ask() -> None:
+        part = behind(host)
+        for number in range(1, 6):
+            await part._load_once(handle(number))
+        assert list(part._missing) == [handle(3), handle(4), handle(5)]
+        host.backend.calls.clear()
+        for number in (3, 4, 5, 1):
+            await part._load_once(handle(number))
+        assert host.backend.calls == ["load"]
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("state", [State.DEAD, State.ERASED])
 def test_what_is_dead_or_erased_there_is_no_session(host: Host, state: State) -> None:
     host.backend.rows[A] = Row(A, state, 1, 1, host.clock.now() + HOUR)
