@@ -260,6 +260,7 @@ class Flusher:
         """
         if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
             self._sentinel.greeted = None
+            self._cross_off()  # to look may take long
         if await self._sentinel.greet():
             self._last_look = self._clock.boot()
         losses, limit = self._outbox.losses(), self._batch
@@ -277,9 +278,11 @@ class Flusher:
             # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
             dead = [pair for pair in waiting if pair[1].state is State.DEAD]
             rest = [pair for pair in waiting if pair[1].state is not State.DEAD] if dead else waiting
-            for batch in (dead, rest):
-                if batch:
-                    await self._send(batch)
+            if dead:
+                await self._send(dead)
+                self._cross_off()  # somebody may be logging out, and waits
+            if rest:
+                await self._send(rest)
             if reading is not None:
                 self._ahead = await reading
             else:

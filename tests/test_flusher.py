@@ -121,6 +121,29 @@ def test_beside_an_embedded_backend_nothing_is_done(host: Host) -> None:
     host.agrees()
 
 
+def test_a_death_is_crossed_off_before_the_rest_is_written(host: Host) -> None:
+    """Whoever logs out waits for it."""
+    host.create(A)
+    host.flush()
+    host.destroy(A)
+    host.create(B)
+    sending = host.sending(B)
+    assert host.backend.state(A) is State.DEAD
+    assert waiting(host.memory) == [B]
+    sending.finish()
+
+
+def test_what_was_sent_is_crossed_off_before_the_backend_is_looked_at_again(host: Host) -> None:
+    for n in range(BATCH + 1):
+        host.create(handle(n + 1), n=n)
+    flusher = host.flusher()
+    assert run(flusher.round()) == BATCH
+    host.clock.advance(HEARTBEAT_MS / 1000)
+    greeting = Running(flusher.round()).until("load")
+    assert len(host.memory.outbox) == 1
+    greeting.finish()
+
+
 def test_what_cannot_be_crossed_off_now_is_so_later_and_not_sent_again(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

