@@ -299,17 +299,21 @@ class Flusher:
         Not beyond `until`, the newest when the reading began: of a session that is renewed meanwhile, the end may
         have a place that was passed, and its new row, which waits behind `until`, must not be sent before that.
         """
-        rows: list[tuple[Dirty, Row]] = []
-        row_of, size = self._rows.row_of, BATCH_BYTES
-        while len(rows) < limit and size > 0:
-            piece = self._outbox.oldest(min(PIECE, limit - len(rows)), size, after, until)
+        # By handle: one that another flusher crossed off and put back between two pieces is met twice.
+        found: dict[bytes, tuple[Dirty, Row]] = {}
+        row_of, left, size = self._rows.row_of, limit, BATCH_BYTES
+        while left > 0 and size > 0:
+            piece = self._outbox.oldest(min(PIECE, left), size, after, until)
             if not piece:
                 break
-            rows += [(dirty, row_of(dirty)) for dirty in piece]
+            for dirty in piece:
+                found.pop(dirty.handle, None)
+                found[dirty.handle] = (dirty, row_of(dirty))
+            left -= len(piece)
             size -= sum(len(dirty.record.raw) for dirty in piece)
             after = piece[-1].record.place
             await asyncio.sleep(0)
-        return _Ahead(rows, len(rows) >= limit or size <= 0, until, losses)
+        return _Ahead(list(found.values()), left <= 0 or size <= 0, until, losses)
 
     async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
         """Cross off what was sent before, then the same; None when nothing is left there, or the store fails now."""

@@ -18,8 +18,9 @@ from .backends.base import FOREVER, SENTINEL, Answer, Backend, Row, State
 from .clock import Clock
 from .errors import BackendError, StoreFull
 from .hooks import BackendForgot, Hooks
-from .memory.outbox import LOSSES, Outbox
+from .memory.outbox import Outbox
 from .memory.store import MemoryStore
+from .memory.tables import LOSSES, RECALLED
 
 logger = logging.getLogger("shmsession")
 
@@ -30,8 +31,6 @@ LONG_AGO_MS: Final = 60_000
 _BODY = struct.Struct(">16s16sQ")
 _BEAT: Final = b"beat"
 """The note of the last batch that was acknowledged."""
-_RECALLED: Final = b"recalled"
-"""The note up to which of the backend's losses all was put back."""
 _DEAD, _LIVE, _DONE = range(3)
 
 
@@ -168,7 +167,7 @@ class Recall:
         """Put back some `count` sessions: they are sent before more fits into a store that is nearly full."""
         loss = self._outbox.losses()
         if self._loss != loss:
-            self._begin(loss, _DONE if loss <= self._outbox.note(_RECALLED) else _DEAD)
+            self._begin(loss, _DONE if loss <= self._outbox.note(RECALLED) else _DEAD)
         begin = self._put
         while self._step != _DONE and self._put - begin < count:
             try:
@@ -185,7 +184,7 @@ class Recall:
 
     def _end(self) -> None:
         if not self._passed_over:  # else somebody who has the Key of what was passed over must do it too
-            self._outbox.raise_note(_RECALLED, self._loss)
+            self._outbox.raise_note(RECALLED, self._loss)
         if self._put:
             logger.warning("%s may lack %s sessions: they are sent again", self._name, self._put)
             self._hooks.emit(BackendForgot(self._put))

@@ -113,7 +113,7 @@ async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(
 ) -> None:
     kills, random = size(50, 3), rng("postgres kills")
     answered: dict[int, int] = {}
-    batches = failed = 0
+    batches = failed = killed = 0
     async with opened(url) as backend:
         done = False
 
@@ -133,7 +133,8 @@ async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(
                         answered[number] = version
 
         writers = [asyncio.create_task(write(range(start, start + 250))) for start in (0, 250)]
-        for _ in range(kills):
+        while killed < kills or not failed:  # a batch that was answered just before meets no dead server
+            killed += 1
             goal = batches + random.randint(1, 8)
             await holds(lambda goal=goal: batches >= goal, "batches are answered")  # type: ignore[misc]
             for _ in range(random.randint(0, 300)):
@@ -144,8 +145,7 @@ async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(
                 assert stored.get(live(number).handle, 0) >= version, "a row that was answered is lost, or went back"
         done = True
         await asyncio.gather(*writers)
-    assert failed > 0, "no batch was on its way when the server died"
-    report("postgres kill -9", kills=kills, batches=batches, failed=failed, lost=0)
+    report("postgres kill -9", kills=killed, batches=batches, failed=failed, lost=0)
 
 
 @asynchronous

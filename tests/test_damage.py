@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,6 +251,114 @@ def test_mutated_files_yield_nothing_that_was_never_committed_and_serve_again(pl
 def _used_bytes(base: Path) -> int:
     with closing(memory_store(base)) as store:
         return store.usage().touched * PAGE
+
+
+# ── a damaged outbox ──────────────────────────────────────────────────────────────────────────────────────────
+
+WAITING: Final = range(100, 300)
+DESTROYED: Final = range(300, 360)
+KNOWN: Final = range(400, 500)
+"""Sessions by number: that a backend has yet to hear of, that it thinks alive, and that it has."""
+
+
+def _store_with_a_backend(base: Path) -> bytes:
+    """The file of a store of which a backend has heard a part."""
+    with closing(memory_store(base, SystemClock(), backend=True)) as store:
+        for number in (*KNOWN, *DESTROYED):
+            create(store, handle(number), number)
+        store.outbox.acknowledge(store.outbox.oldest(500), store.outbox.losses())
+        for number in WAITING:
+            create(store, handle(number), number)
+        for number in DESTROYED:
+            destroy(store, handle(number))
+        check_tables(store)
+        store.environment.close()
+        return (base / DATA).read_bytes()
+
+
+def _leaves(base: Path, image: bytes) -> list[int]:
+    """Where the leaves of the outbox begin in a file."""
+    (base / DATA).write_bytes(image)
+    with closing(memory_store(base, SystemClock(), backend=True)) as store:
+        rows = [sequence_key(place) + key for place, key in store.outbox.rows()]
+    found = {position // PAGE * PAGE for row in rows for position in _positions(image, row)}
+    return sorted(page for page in found if {image[node : node + 8] for node in _nodes(image, page)} == {_OUTBOX_NODE})
+
+
+_OUTBOX_NODE: Final = struct.pack("=HHHH", 20, 0, 0, 8)
+_RECORD_KEY: Final = struct.pack("=HH", 0, 20)
+
+
+def _nodes(image: bytes | bytearray, page: int) -> list[int]:
+    """Where the nodes of a leaf begin: the sizes of value and key, then these."""
+    (lower,) = struct.unpack_from("=H", image, page + 12)
+    return [page + offset for (offset,) in struct.iter_unpack("=H", image[page + 16 : page + lower])]
+
+
+def _positions(image: bytes, part: bytes) -> list[int]:
+    positions = [image.find(part)]
+    while positions[-1] >= 0:
+        positions.append(image.find(part, positions[-1] + 1))
+    return positions[:-1]
+
+
+def _half_a_leaf(image: bytearray, leaves: list[int], random: Random) -> None:
+    page = random.choice(leaves) + random.choice((0, PAGE // 2))
+    image[page : page + PAGE // 2] = bytes(PAGE // 2)
+
+
+def _bits_of_a_leaf(image: bytearray, leaves: list[int], random: Random) -> None:
+    page = random.choice(leaves)
+    for _ in range(random.choice((1, 1, 2, 8))):
+        image[page + random.randrange(PAGE)] ^= 1 << random.randrange(8)
+
+
+def _a_row(image: bytearray, leaves: list[int], random: Random) -> None:
+    """A bit of a place, or of the handle that stands there."""
+    node = random.choice(_nodes(image, random.choice(leaves)))
+    image[node + 8 + random.randrange(28)] ^= 1 << random.randrange(8)
+
+
+def _places_of_records(image: bytearray, _leaves: list[int], random: Random) -> None:
+    """What no MAC covers: to another bit, to none, or to anything."""
+    key = handle(random.choice((*WAITING, *DESTROYED)))
+    wrong = random.choice((bytes(8), b"\xff" * 8, random.randbytes(8), b""))
+    for position in _positions(bytes(image), _RECORD_KEY + key):
+        (value_size,) = struct.unpack_from("=H", image, position - 4)
+        end = position + len(_RECORD_KEY + key) + value_size
+        page = position // PAGE * PAGE
+        if image[page + 10] == LEAF and position - 4 in _nodes(image, page):
+            image[end - 8 : end] = wrong or image[end - 8 : end - 1] + bytes([image[end - 1] ^ 1])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mutation", [_half_a_leaf, _bits_of_a_leaf, _a_row, _places_of_records])
+def test_whatever_happens_to_the_outbox_what_waits_goes_on_waiting_and_the_dead_stay_dead(
+    place: Path, monkeypatch: pytest.MonkeyPatch, mutation: Callable[[bytearray, list[int], Random], None]
+) -> None:
+    base, random = place / "base", rng(f"outbox {mutation.__name__}")
+    image = _store_with_a_backend(base)
+    leaves = _leaves(base, image)
+    assert len(leaves) > 2
+    monkeypatch.setattr(salvage, "_walked", _walked_in_a_fork)
+    rebuilt = 0
+    for number in range(size(2_000, 30)):
+        mutated = bytearray(image)
+        mutation(mutated, leaves, random)
+        (base / DATA).write_bytes(mutated)
+        events: list[Event] = []
+        with closing(memory_store(base, SystemClock(), backend=True, events=events)) as store:
+            store.outbox.oldest(1)
+            found = set(waiting(store))
+            alive = [key for key in DESTROYED if value_of(store, handle(key)) is not Missing.DEAD]
+            lost = [key for key in WAITING if value_of(store, handle(key)) != key]
+            create(store, handle(10_000 + number), number)
+            check_tables(store)
+        expected = {handle(key) for key in (*WAITING, *DESTROYED)}
+        assert (expected - found, alive, lost) == (set(), [], []), f"seed {SEED}, file {number}"
+        rebuilt += bool(events)
+    report("Damaged outboxes", how=mutation.__name__, files=number + 1, rebuilt=rebuilt, lost=0, revived=0)
+    assert rebuilt > number // 10
 
 
 # ── damage met while running ──────────────────────────────────────────────────────────────────────────────────

@@ -474,7 +474,7 @@ def test_a_place_in_the_outbox_tells_since_when_it_is_held(backed: MemoryStore, 
     assert begun_at == [0, 0, 0, 10_000, 10_000, 3_610_000]
     clock.advance(5)
     assert backed.outbox.age() == clock.now() - begun
-    backed.outbox.acknowledge(backed.outbox.oldest(5))
+    backed.outbox.acknowledge(backed.outbox.oldest(5), backed.outbox.losses())
     assert waiting(backed) == keys[5:]
     assert backed.outbox.age() == 5_000
 
@@ -509,7 +509,7 @@ def test_a_session_that_stops_being_storable_is_in_the_outbox_once_more(
     assert isinstance(declined, Record)
     assert not declined.header.flags & STORABLE
     assert waiting(backed) == [A]
-    backed.outbox.acknowledge(backed.outbox.oldest(10))
+    backed.outbox.acknowledge(backed.outbox.oldest(10), backed.outbox.losses())
     changed = backed.update(A, declined, sets(n=2), clock.now())
     assert isinstance(changed, Record)
     assert data_of(changed) == sets(n=2).set
@@ -529,9 +529,9 @@ def test_deaths_that_the_backend_has_not_heard_of_stand_in_nobody_s_way(
         backed.destroy(handle(number), clock.now())
     clean = handle(30)
     created(backed, clock, clean)
-    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean])
+    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean], backed.outbox.losses())
     backed.destroy(clean, clock.now())
-    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean])
+    backed.outbox.acknowledge([row for row in backed.outbox.oldest(99) if row.handle == clean], backed.outbox.losses())
     clock.advance(61)
     for _ in range(3):
         backed.sweep(clock.now(), 10)
@@ -540,7 +540,7 @@ def test_deaths_that_the_backend_has_not_heard_of_stand_in_nobody_s_way(
     before = transactions(backed)
     assert backed.sweep(clock.now()) == 0
     assert transactions(backed) == before, "nothing is due now"
-    backed.outbox.acknowledge(backed.outbox.oldest(99))
+    backed.outbox.acknowledge(backed.outbox.oldest(99), backed.outbox.losses())
     clock.advance(61)
     assert backed.sweep(clock.now()) == 20
     assert contents(backed).records == {}
@@ -1019,7 +1019,7 @@ class AnyOrder(RuleBasedStateMachine):
         sent = self.store.outbox.oldest(count)
         assert [dirty.handle for dirty in sent] == sorted(self.waiting, key=lambda key: self.places[key])[:count]
         before = contents(self.store).records
-        self.store.outbox.acknowledge(sent)
+        self.store.outbox.acknowledge(sent, self.store.outbox.losses())
         assert contents(self.store).records == before, "what was acknowledged is still the same record"
         self.waiting -= {dirty.handle for dirty in sent}
         self._took(1)

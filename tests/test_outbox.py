@@ -56,7 +56,7 @@ def test_no_place_is_given_out_twice(host: Host) -> None:
         *_, newest = host.memory.outbox.oldest(9)
         assert newest.record.place not in seen
         seen.add(newest.record.place)
-        host.memory.outbox.acknowledge([newest])
+        host.memory.outbox.acknowledge([newest], host.memory.outbox.losses())
 
 
 def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:
@@ -259,13 +259,13 @@ def test_an_acknowledgement_names_the_very_bytes_that_were_sent(host: Host) -> N
     (sent,) = outbox.oldest(1)
     assert sent == Dirty(A, host.load(A))  # type: ignore[arg-type]
     host.update(A, v=1)
-    outbox.acknowledge([sent])
+    outbox.acknowledge([sent], outbox.losses())
     assert waiting(host.memory) == [A]
     (sent,) = outbox.oldest(1)
-    outbox.acknowledge([sent])
+    outbox.acknowledge([sent], outbox.losses())
     assert waiting(host.memory) == []
     outbox.send_again(A)
-    outbox.acknowledge([sent])
+    outbox.acknowledge([sent], outbox.losses())
     assert waiting(host.memory) == [A]
 
 

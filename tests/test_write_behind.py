@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 
 from shmsession.backends.base import SENTINEL, Row, State
@@ -17,7 +18,7 @@ from shmsession.flusher import BATCH, HEARTBEAT_MS, PIECE, Flusher
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import STALE_FILL_MS, Missing
-from shmsession.memory.tables import Tables, Txn, sequence_key
+from shmsession.memory.tables import LOSSES, RECALLED, Tables, Txn, sequence_key
 from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
 from tests.backends import (
     ADA,
@@ -62,6 +63,11 @@ def forget_in_memory(host: Host) -> None:
     while not ended:
         _, after = host.memory.outbox.retire(host.clock.now(), 1, after)
         ended = not after
+
+
+def build_anew(host: Host) -> None:
+    """The memory store turns out damaged, and what is whole moves into a new one. All processes go on."""
+    host.memory.environment._quarantine(host.memory.environment.open(), "a test says so")
 
 
 def is_gone(host: Host, key: bytes) -> bool:
@@ -320,6 +326,80 @@ def test_what_was_read_before_the_backend_fell_back_is_not_sent_after(host: Host
     host.agrees()
 
 
+@pytest.mark.parametrize("losses", [1, 2], ids=["one loss before", "two losses before"])
+@pytest.mark.parametrize("new", [False, True], ids=["it goes on", "a new one"])
+@pytest.mark.parametrize("how", ["forgot", "fell back"])
+def test_a_store_built_anew_sends_again_what_the_backend_lost(host: Host, how: str, new: bool, losses: int) -> None:
+    """Memory and backend come to harm together, and the flusher that goes on knows of losses of the old store."""
+    flusher = host.flusher()
+    host.create(C)
+    host.flush(flusher)
+    if losses == 2:
+        host.backend.forget()
+    host.create(A, v=1)
+    host.create(B, v=1)
+    host.flush(flusher)
+    snapshot = host.backend.snapshot() if how == "fell back" else {}
+    host.destroy(A)
+    host.flush(flusher)
+    host.update(B, v=2)
+    host.backend.restore(snapshot)
+    build_anew(host)
+    host.flush(host.flusher() if new else flusher)
+    assert host.backend.state(A) is State.DEAD
+    assert values_in(host.load(B)) == {"v": 2}
+    host.agrees()
+    forget_in_memory(host)
+    assert is_gone(host, A)
+
+
+def test_a_zombie_crosses_off_nothing_in_a_store_built_anew(host: Host) -> None:
+    """It was stopped before it heard that its row was stored; the backend has forgotten that since."""
+    flusher, stopped = host.flusher(), host.flusher()
+    host.create(A, v=1)
+    host.flush(flusher)
+    host.flush(stopped)
+    host.update(A, v=2)
+    zombie = host.sending(A, stopped).until("write!")
+    host.backend.forget()
+    build_anew(host)
+    going = Running(flusher.round()).until("write")
+    zombie.finish()
+    assert waiting(host.memory) == [A]
+    going.finish()
+    host.flush(flusher)
+    host.agrees()
+
+
+def test_what_waits_anew_while_a_batch_is_read_is_in_it_once(host: Host) -> None:
+    """A reader is stopped between two pieces; another sends the dead; the backend forgets them, and they are put in
+    front of all that waits: behind what the first one has read."""
+    for n in range(1, 3 * PIECE // 2):
+        host.create(handle(n))
+    last = handle(500)
+    reader, other = host.flusher(), host.flusher()
+    host.flush(reader)
+    for flusher in (other, reader):
+        run(flusher.round())
+    for n in range(1, 3 * PIECE // 2):
+        host.destroy(handle(n))
+    host.create(last)
+    reading = Running(reader.round())
+    reading.step()
+    assert reading.at is None, "it is about to ask the backend, and has not read"
+    sending = host.sending(last, other)
+    assert waiting(host.memory) == [last]
+    host.backend.forget()
+    putting = Running(host.flusher().round())
+    while len(waiting(host.memory)) < 3 * PIECE // 2:
+        putting.step()
+    reading.finish()
+    sending.finish()
+    putting.finish()
+    host.flush()
+    host.agrees()
+
+
 @pytest.mark.parametrize("since", ["updated", "destroyed", "renewed", "erased"])
 def test_a_flusher_that_was_stopped_and_goes_on_does_no_harm(host: Host, since: str) -> None:
     """A zombie: its batch is captured, another flusher takes over, the session goes on, and then the old batch is sent,
@@ -565,8 +645,9 @@ class World:
         self.host = Host(directory, map_size=1 << 20)
         self.environment = self.host.memory.environment
         self.steps = self.lost_replies = self.amnesias = self.losses = self.fills = 0
-        self.interruptions = 0
+        self.interruptions = self.rebuilds = 0
         self._numbers = 1
+        self._outbox_is_whole = True
         self.interrupt: Callable[[], None] | None = None
         """What others do between two transactions of a flusher."""
         self.environment.write = self._interrupted(self.environment.write)  # type: ignore[method-assign]
@@ -604,17 +685,35 @@ class World:
         def work(txn: Txn, tables: Tables) -> None:
             for table in (tables.records, tables.expiry, tables.outbox, tables.users):
                 txn.drop(table, delete=False)
-            for note in (b"beat", b"forgot", b"lease"):
-                txn.delete(note, db=tables.meta)
             for key in [bytes(key) for key in txn.cursor(tables.meta).iternext(values=False)]:
                 if key not in (b"format", b"uuid", b"size", b"epoch", b"clock", b"check"):
                     txn.delete(key, db=tables.meta)
-            txn.put(b"epoch", sequence_key(epoch), db=tables.meta)
+            for name in (b"epoch", LOSSES, RECALLED):
+                txn.put(name, sequence_key(epoch), db=tables.meta)
             txn.put(b"uuid", uuid, db=tables.meta)
 
         self.environment.write(work)
         opened.epoch, opened.uuid = epoch, uuid
         self.environment.backend_down_until = 0
+
+    def rebuild(self, *, knows_who_waits: bool) -> None:
+        """The file turns out damaged: what is whole moves into a new one. All processes go on."""
+        self.rebuilds += 1
+        self._outbox_is_whole = knows_who_waits
+        self.environment._quarantine(self.environment.open(), "a test says so")
+
+    def walk(self, environment: Path, table: str, _direction: str) -> tuple[bytes, bool]:
+        """`salvage._walked`, in this process."""
+        if table == "outbox" and not self._outbox_is_whole:
+            return b"", False
+        env = lmdb.open(str(environment), readonly=True, lock=False, max_dbs=8, create=False)
+        try:
+            with env.begin() as txn:
+                rows = list(txn.cursor(env.open_db(table.encode(), txn=txn, create=False)))
+        finally:
+            env.close()
+        sized = ((len(key).to_bytes(4, "big") + len(value).to_bytes(4, "big") + key + value) for key, value in rows)
+        return b"".join(sized), True
 
     def fresh(self) -> int:
         self._numbers += 1
@@ -886,6 +985,17 @@ class Schedule:
         self.world.amnesias += 1
         self._evicted()
 
+    def rebuild(self) -> None:
+        """The memory store is damaged and built anew while everybody goes on."""
+        self.world.rebuild(knows_who_waits=self.chance.random() < 0.7)
+        for key, expected in self.alive.items():
+            if (
+                not (expected.storable or expected.unsure or self._ended(key))
+                and self.host.load(key) is Missing.UNKNOWN
+            ):
+                raise Violation(f"{key.hex()} was in memory only, and a rebuild lost it")
+        self._evicted()
+
     def lose(self) -> None:
         """Memory is lost, with every process of the host; what was on its way to the backend may arrive."""
         world, host = self.world, self.host
@@ -1000,7 +1110,7 @@ class Schedule:
 _STEPS: list[tuple[str, int]] = [
     ("create", 6), ("update", 9), ("touch", 2), ("store", 3), ("longterm", 1), ("destroy", 4), ("renew", 4),
     ("sweep", 3), ("evict", 2), ("retire", 3), ("vacate", 4), ("advance", 6), ("request", 8), ("answer", 3),
-    ("go", 24), ("kill", 2), ("forget", 1), ("lose", 1),
+    ("go", 24), ("kill", 2), ("forget", 1), ("lose", 1), ("rebuild", 1),
 ]  # fmt: skip
 _MEANWHILE: list[tuple[str, int]] = [
     ("update", 4), ("touch", 1), ("store", 2), ("destroy", 2), ("renew", 3), ("evict", 1), ("other", 6),
@@ -1013,6 +1123,8 @@ def test_random_schedules_lose_and_revive_nothing(place: Path, monkeypatch: pyte
     """Requests, two flushers, a failing and forgetting backend, loss of memory and leaps of time in any order: nothing
     comes back from the dead, nothing is lost, no row goes backwards, and in the end the backend equals memory."""
     world, schedules = World(place), size(full=1_000_000, suite=10_000)
+    monkeypatch.setattr("shmsession.memory.salvage._walked", world.walk)
+    monkeypatch.setattr("shmsession.memory.building.logger.disabled", True)
     begin = time.monotonic()
     try:
         for number in range(schedules):
@@ -1032,6 +1144,6 @@ def test_random_schedules_lose_and_revive_nothing(place: Path, monkeypatch: pyte
     report(
         "G3/G5 random schedules", schedules=schedules, steps=world.steps, faults=world.lost_replies,
         interruptions=world.interruptions, amnesias=world.amnesias, losses=world.losses, fills=world.fills,
-        revived=0, lost=0, backwards=0,
+        rebuilds=world.rebuilds, revived=0, lost=0, backwards=0,
         per_second=round(schedules / (time.monotonic() - begin)),
     )  # fmt: skip

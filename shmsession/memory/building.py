@@ -19,10 +19,11 @@ from lmdb.verify import VerifyError, verify
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull, UnsafeStore
+from shmsession.ids import HANDLE_BYTES
 from shmsession.record import NO_PLACE, PLACE_BYTES, Header
 
 from . import place, salvage, structure
-from .tables import NAMES, Tables, Txn, clock_row, number, put, sequence_key
+from .tables import LOSSES, NAMES, RECALLED, Tables, Txn, clock_row, number, put, sequence_after, sequence_key
 
 logger = logging.getLogger("shmsession")
 
@@ -98,6 +99,8 @@ class Building:
                     return "what it says of itself does not add up"
                 if not all(_leads_to_all(txn, table) for table in tables):
                     return "a branch page leads astray"
+                if not all(_has(txn, tables, handle, place) for place, handle in txn.cursor(tables.outbox)):
+                    return "the outbox leads astray"
                 size = number(txn.get(b"size", db=tables.meta))
         except lmdb.Error as error:
             return str(error)
@@ -112,16 +115,16 @@ class Building:
         aside = self.path / f"quarantine-{words[0]}"
         logger.error("the memory store %s is damaged (%s): kept as %s and rebuilt", self.path, problem, aside.name)
         whole: dict[bytes, Salvaged] = {}
-        outbox = salvage.outbox_in(self.data)
+        waits = _who_waits(salvage.outbox_in(self.data))
         for handle, raw in salvage.records_in(self.data):
-            place = raw[-PLACE_BYTES:]
-            waits = place != NO_PLACE and (outbox is None or outbox.get(place) == handle)
-            header = self._judge(handle, raw, waits) if len(handle) == 20 else None
+            waiting = waits(handle, raw[-PLACE_BYTES:])
+            header = self._judge(handle, raw, waiting) if len(handle) == HANDLE_BYTES else None
             if header is None:
                 continue
             known = whole.get(handle)
             if known is None or (known.header.epoch, known.header.version) < (header.epoch, header.version):
-                whole[handle] = Salvaged(handle, raw, header, waits)
+                whole[handle] = Salvaged(handle, raw, header, waiting)
+        self._give_places(whole)
         for old in self.path.glob("quarantine-*"):
             shutil.rmtree(old, ignore_errors=True)
         try:
@@ -130,6 +133,13 @@ class Building:
             shutil.rmtree(self.data)
             self._create(directory, whole.values())
         self.quarantines.append((aside, len(whole)))
+
+    def _give_places(self, whole: dict[bytes, Salvaged]) -> None:
+        """What waits keeps its place, unless damage gave it one that is another's, or in the future."""
+        newest, last = sequence_after(0, self._clock.now()), 0
+        for one in sorted((one for one in whole.values() if one.waits), key=lambda one: one.raw[-PLACE_BYTES:]):
+            last = max(last + 1, min(number(one.raw[-PLACE_BYTES:]), newest))
+            whole[one.handle] = one._replace(raw=one.raw[:-PLACE_BYTES] + sequence_key(last))
 
     def _create(self, directory: int, records: Collection[Salvaged] = (), aside: Path | None = None) -> None:
         """Make the environment under another name and move it to its place when it is complete.
@@ -173,8 +183,24 @@ class Building:
         txn.put(b"format", sequence_key(STORE_FORMAT), db=tables.meta)
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
         txn.put(b"size", sequence_key(size), db=tables.meta)
-        set_epoch(txn, tables, max(now, newest_epoch + 1))
+        epoch = max(now, newest_epoch + 1)
+        set_epoch(txn, tables, epoch)
+        for losses in (LOSSES, RECALLED):  # a flusher that knew the store before is to know none of its losses again
+            txn.put(losses, sequence_key(epoch), db=tables.meta)
         txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
+
+
+def _who_waits(outbox: list[tuple[bytes, bytes]] | None) -> Callable[[bytes, bytes], bool]:
+    """Whether a handle whose record says that it has this place is yet to be sent, by a salvaged outbox.
+
+    Rather once too often: whose place or handle stands there at all; and when there is more damage than to a single
+    row, or nothing can be known, whoever was ever given a place.
+    """
+    places, handles = {place for place, _ in outbox or ()}, {handle for _, handle in outbox or ()}
+    whole = outbox is not None and len(places) == len(outbox) == len(handles)
+    if not whole or {len(place) for place in places} - {PLACE_BYTES} or {len(one) for one in handles} - {HANDLE_BYTES}:
+        return lambda _, place: place != NO_PLACE
+    return lambda handle, place: place in places or handle in handles
 
 
 def set_epoch(txn: Txn, tables: Tables, epoch: int) -> None:
@@ -204,6 +230,11 @@ def identity(data: Path) -> tuple[int, int]:
 def _leads_to_all(txn: Txn, table: lmdb._Database) -> bool:
     """Whether every key is found from the root, which `verify` does not look at and LMDB's writers rely on."""
     return all(txn.get(key, db=table) is not None for key in txn.cursor(table).iternext(values=False))
+
+
+def _has(txn: Txn, tables: Tables, handle: bytes, place: bytes) -> bool:
+    """Whether a session's record says that it has this place in the outbox."""
+    return txn.get(handle, NO_PLACE, db=tables.records)[-PLACE_BYTES:] == place
 
 
 def _check(txn: Txn, tables: Tables) -> bytes:

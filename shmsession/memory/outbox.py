@@ -11,15 +11,13 @@ from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDR
 from . import room
 from .environment import Environment
 from .seal import RecordSeal
-from .tables import CROSSED, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
+from .tables import CROSSED, LOSSES, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
 from .writing import Writer
 
 CHUNK: Final = 100
 """So many records are looked through in one transaction: others wait for it."""
 
 LAST_PLACE: Final = b"\xff" * PLACE_BYTES
-LOSSES: Final = b"forgot"
-"""The note that says how often the backend was found to have lost what it had acknowledged."""
 
 
 class Dirty(NamedTuple):
@@ -141,10 +139,10 @@ class Outbox:
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def acknowledge(self, sent: list[Dirty], losses: int = 0) -> None:
+    def acknowledge(self, sent: list[Dirty], losses: int) -> None:
         """The backend has these, or later ones: cross off what has not changed since.
 
-        Nothing, when it has lost something meanwhile: `losses` is how often that had happened when they were sent.
+        Nothing, when it has lost something meanwhile: `losses` is what `losses()` was when they were sent.
         """
         begin, size = 0, CHUNK
         while begin < len(sent):
@@ -298,7 +296,7 @@ class Outbox:
         return self._environment.read(lambda txn, tables: number(txn.get(name, db=tables.meta)))  # type: ignore[arg-type]
 
     def losses(self) -> int:
-        """How often the backend was found to have lost what it had acknowledged."""
+        """A number that grows when the backend is found to have lost what it had acknowledged."""
         return self.note(LOSSES)
 
     def raise_note(self, name: bytes, value: int) -> None:

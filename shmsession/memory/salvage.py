@@ -17,7 +17,7 @@ TIMEOUT_SECONDS = 120
 def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
     """(handle, stored bytes) of every record that a walk over `environment` meets before it ends or crashes.
 
-    When it does not come to the end, another one comes from there: some records then come twice.
+    When it does not meet all that are said to be there, another one comes from the end: some then come twice.
     """
     for direction in ("forward", "backward"):
         output, ended = _walked(environment, "records", direction)
@@ -26,10 +26,10 @@ def records_in(environment: Path) -> Iterator[tuple[bytes, bytes]]:
             return
 
 
-def outbox_in(environment: Path) -> dict[bytes, bytes] | None:
-    """Handles by their place in the outbox; None when not all of it can be read."""
+def outbox_in(environment: Path) -> list[tuple[bytes, bytes]] | None:
+    """(place, handle) of every row of the outbox, in order; None when not all of it can be read."""
     output, ended = _walked(environment, "outbox", "forward")
-    return dict(_parse(output)) if ended else None
+    return list(_parse(output)) if ended else None
 
 
 def _walked(environment: Path, table: str, direction: str) -> tuple[bytes, bool]:
@@ -72,10 +72,13 @@ def _walk(environment: str, table: str, direction: str) -> None:  # pragma: no c
     env = lmdb.open(environment, readonly=True, lock=False, max_dbs=8, create=False)
     rows = env.open_db(table.encode(), create=False)
     with env.begin() as txn:
-        cursor = txn.cursor(rows)
+        cursor, left = txn.cursor(rows), txn.stat(rows)["entries"]
         for key, value in cursor if direction == "forward" else cursor.iterprev():
             sys.stdout.buffer.write(len(key).to_bytes(4, "big") + len(value).to_bytes(4, "big") + key + value)
             sys.stdout.buffer.flush()
+            left -= 1
+    if left:
+        raise EOFError("not all rows are where they should be")
 
 
 if __name__ == "__main__":  # pragma: no cover  # as above

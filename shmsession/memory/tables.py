@@ -21,6 +21,12 @@ CROSSED: Final = b"crossed"
 """The highest place of the outbox that was crossed off: none up to it is given out again behind all others. One in
 front may be, so that a place counts only together with the handle that stands there: see `waits`."""
 
+LOSSES: Final = b"forgot"
+"""The note that says how often the backend was found to have lost what it had acknowledged, on top of what a new store
+begins with: no other store of this place has had such a number."""
+RECALLED: Final = b"recalled"
+"""The note up to which of these losses all was put back."""
+
 Txn = lmdb.Transaction
 
 
