@@ -1,8 +1,8 @@
 """An LMDB environment in use: opened late, reopened when it was replaced, rebuilt when it turns out damaged.
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
-the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher; a shared flock
-says that somebody is there), `counters`, and `lmdb/`, the environment.
+the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher, the last place
+of the outbox that was given out; a shared flock says that somebody is there), `counters`, and `lmdb/`, the environment.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from shmsession.errors import StoreError, StoreFull, UnsafeStore
 from . import place
 from .building import STORE_FORMAT, Building, identity, open_lmdb, set_epoch
 from .counters import Counters
-from .tables import NAMES, Tables, Txn, number
+from .tables import NAMES, Tables, Txn, number, sequence_after
 
 T = TypeVar("T")
 
 LOOK_SECONDS: Final = 1.0
 READER_CHECK_LOOKS: Final = 3
 ATTEMPTS: Final = 20
-_ATTACHED_BYTES: Final = 32
+_ATTACHED_BYTES: Final = 40
 
 _STRUCTURAL: Final = (
     lmdb.CorruptedError,
@@ -76,6 +76,9 @@ class Opened:
             self.tables = Tables(*(env.open_db(name, txn=txn, create=False) for name in NAMES))
             self.epoch = number(txn.get(b"epoch", db=self.tables.meta))
             self.uuid: bytes = txn.get(b"uuid", b"", db=self.tables.meta)
+            if not words[4]:
+                cursor = txn.cursor(self.tables.outbox)
+                words[4] = number(bytes(cursor.key())) if cursor.last() else 0
             if number(txn.get(b"format", db=self.tables.meta)) > STORE_FORMAT:
                 raise UnsafeStore(
                     f"{data.parent} was made by a newer version of shmsession: upgrade, or set SHMSESSION_NAME"
@@ -199,6 +202,12 @@ class Environment:
         """Count one."""
         words = (self._opened or self.open()).words
         words[3] = (words[3] + 1) % (1 << 64)
+
+    def next_place(self, now: int) -> int:
+        """A place of the outbox behind all that were ever given out. To be called within a write transaction."""
+        words = (self._opened or self.open()).words
+        words[4] = place = sequence_after(words[4], now)
+        return place
 
     def raise_epoch(self, epoch: int) -> None:
         """Go on as a later incarnation, at least `epoch`: every process opens the environment anew for that."""

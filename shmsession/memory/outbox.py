@@ -11,7 +11,7 @@ from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDR
 from . import room
 from .environment import Environment
 from .seal import RecordSeal
-from .tables import CROSSED, LOSSES, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
+from .tables import LOSSES, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
 from .writing import Writer
 
 CHUNK: Final = 100
@@ -310,11 +310,7 @@ class Outbox:
 
 
 def _cross_off(txn: Txn, tables: Tables, heard_of: list[Dirty]) -> None:
-    """Free the places that these still have, for good: the records stay as they are."""
-    last = NO_PLACE
+    """Free the places that these still have: the records stay as they are."""
     for handle, record in heard_of:
         if waits(txn, tables, handle, record.raw):
             txn.delete(record.place, db=tables.outbox)
-            last = max(last, record.place)
-    if last > txn.get(CROSSED, NO_PLACE, db=tables.meta):  # type: ignore[operator]
-        txn.put(CROSSED, last, db=tables.meta)

@@ -17,10 +17,6 @@ _SEQUENCE = struct.Struct(">Q")
 _SEQUENCE_BITS: Final = 20
 _CLOCK = struct.Struct(">qQ")
 
-CROSSED: Final = b"crossed"
-"""The highest place of the outbox that was crossed off: none up to it is given out again behind all others. One in
-front may be, so that a place counts only together with the handle that stands there: see `waits`."""
-
 LOSSES: Final = b"forgot"
 """The note that says how often the backend was found to have lost what it had acknowledged, on top of what a new store
 begins with: no other store of this place has had such a number."""
@@ -100,7 +96,10 @@ def clock_in(row: bytes | None) -> tuple[int, int] | None:
 
 
 def waits(txn: Txn, tables: Tables, handle: bytes, raw: bytes) -> bool:
-    """Whether this record, as it is stored now, is one that a backend has yet to hear of."""
+    """Whether this record, as it is stored now, is one that a backend has yet to hear of.
+
+    A place in front of the others may be given out again, so that it counts only with the handle that stands there.
+    """
     place = raw[-PLACE_BYTES:]
     return place != NO_PLACE and txn.get(place, db=tables.outbox) == handle
 

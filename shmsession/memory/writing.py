@@ -9,12 +9,12 @@ import lmdb
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull
-from shmsession.record import NO_PLACE, STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
+from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
 
 from . import room
 from .drafting import Drafts
 from .environment import Environment
-from .tables import CROSSED, Tables, Txn, index, number, reindex, sequence_after, sequence_key, unindex, waits
+from .tables import Tables, Txn, index, number, reindex, sequence_key, unindex, waits
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -172,12 +172,9 @@ class Writer:
 
     def _new_place(self, txn: Txn, tables: Tables, handle: bytes, *, front: bool = False) -> bytes:
         """A place behind all others, or in front of them, now taken."""
-        cursor = txn.cursor(tables.outbox)
-        if front and cursor.first():
+        if front and (cursor := txn.cursor(tables.outbox)).first():
             place = sequence_key(number(bytes(cursor.key())) - 1)
         else:
-            crossed = txn.get(CROSSED, NO_PLACE, db=tables.meta)
-            last = max(cursor.key(), crossed) if cursor.last() else crossed  # type: ignore[type-var]
-            place = sequence_key(sequence_after(number(last), self._clock.now()))  # type: ignore[arg-type]
-        cursor.put(place, handle)
+            place = sequence_key(self._environment.next_place(self._clock.now()))
+        txn.put(place, handle, db=tables.outbox)
         return place
