@@ -30,8 +30,8 @@ logger = logging.getLogger("shmsession")
 MAX_READERS: Final = 2048
 STORE_FORMAT: Final = 1
 
-Judge = Callable[[bytes, bytes, bool], Header | None]
-"""The header of a salvaged record that is to be kept, or None. Told whether it waits in the outbox."""
+Judge = Callable[[bytes, bytes], tuple[Header, bool] | None]
+"""The header of a salvaged record, and whether it can be had again unless it waits; None when it is not whole."""
 
 
 class Salvaged(NamedTuple):
@@ -40,7 +40,13 @@ class Salvaged(NamedTuple):
     handle: bytes
     raw: bytes
     header: Header
-    waits: bool
+    recoverable: bool
+    waits: bool = False
+
+    @property
+    def place(self) -> bytes:
+        """The place in the outbox that it says it has."""
+        return self.raw[-PLACE_BYTES:]
 
 
 class Building:
@@ -114,32 +120,45 @@ class Building:
         words[0] += 1
         aside = self.path / f"quarantine-{words[0]}"
         logger.error("the memory store %s is damaged (%s): kept as %s and rebuilt", self.path, problem, aside.name)
-        whole: dict[bytes, Salvaged] = {}
-        waits = _who_waits(salvage.outbox_in(self.data))
-        for handle, raw in salvage.records_in(self.data):
-            waiting = waits(handle, raw[-PLACE_BYTES:])
-            header = self._judge(handle, raw, waiting) if len(handle) == HANDLE_BYTES else None
-            if header is None:
-                continue
-            known = whole.get(handle)
-            if known is None or (known.header.epoch, known.header.version) < (header.epoch, header.version):
-                whole[handle] = Salvaged(handle, raw, header, waiting)
-        self._give_places(whole)
+        kept = self._placed(self._salvaged())
         for old in self.path.glob("quarantine-*"):
             shutil.rmtree(old, ignore_errors=True)
         try:
-            self._create(directory, whole.values(), aside)
+            self._create(directory, kept, aside)
         except (StoreFull, lmdb.MapFullError):
             shutil.rmtree(self.data)
-            self._create(directory, whole.values())
-        self.quarantines.append((aside, len(whole)))
+            self._create(directory, kept)
+        self.quarantines.append((aside, len(kept)))
 
-    def _give_places(self, whole: dict[bytes, Salvaged]) -> None:
+    def _salvaged(self) -> list[Salvaged]:
+        """Every whole record, in its newest version, that cannot be had again.
+
+        The outbox is believed when all of it is there, and each row leads to a record that says so. Otherwise whoever
+        was ever given a place waits: rather once too often.
+        """
+        whole: dict[bytes, Salvaged] = {}
+        for handle, raw in salvage.records_in(self.data):
+            judged = self._judge(handle, raw) if len(handle) == HANDLE_BYTES else None
+            if judged is not None:
+                one, known = Salvaged(handle, raw, *judged), whole.get(handle)
+                if known is None or (known.header.epoch, known.header.version) < (one.header.epoch, one.header.version):
+                    whole[handle] = one
+        outbox = salvage.outbox_in(self.data)
+        waiting = {handle for _, handle in outbox or ()}
+        if outbox is None or any(handle not in whole or whole[handle].place != place for place, handle in outbox):
+            waiting.update(one.handle for one in whole.values() if one.place != NO_PLACE)
+        found = (one._replace(waits=one.handle in waiting) for one in whole.values())
+        return [one for one in found if one.waits or not one.recoverable]
+
+    def _placed(self, records: list[Salvaged]) -> list[Salvaged]:
         """What waits keeps its place, unless damage gave it one that is another's, or in the future."""
-        newest, last = sequence_after(0, self._clock.now()), 0
-        for one in sorted((one for one in whole.values() if one.waits), key=lambda one: one.raw[-PLACE_BYTES:]):
-            last = max(last + 1, min(number(one.raw[-PLACE_BYTES:]), newest))
-            whole[one.handle] = one._replace(raw=one.raw[:-PLACE_BYTES] + sequence_key(last))
+        newest, last, placed = sequence_after(0, self._clock.now()), 0, []
+        for one in sorted(records, key=lambda one: one.place):
+            if one.waits:
+                last = max(last + 1, min(number(one.place), newest))
+                one = one._replace(raw=one.raw[:-PLACE_BYTES] + sequence_key(last))
+            placed.append(one)
+        return placed
 
     def _create(self, directory: int, records: Collection[Salvaged] = (), aside: Path | None = None) -> None:
         """Make the environment under another name and move it to its place when it is complete.
@@ -165,10 +184,10 @@ class Building:
             tables = Tables(*(env.open_db(name) for name in NAMES))
             with env.begin(write=True) as txn:
                 self._found(txn, tables, size, max((salvaged.header.epoch for salvaged in records), default=0))
-                for handle, raw, header, waits in records:
-                    put(txn, tables, handle, raw, header)
-                    if waits:
-                        txn.put(raw[-PLACE_BYTES:], handle, db=tables.outbox)
+                for one in records:
+                    put(txn, tables, one.handle, one.raw, one.header)
+                    if one.waits:
+                        txn.put(one.place, one.handle, db=tables.outbox)
         finally:
             env.close()
         new.rename(self._ready)
@@ -188,19 +207,6 @@ class Building:
         for losses in (LOSSES, RECALLED):  # a flusher that knew the store before is to know none of its losses again
             txn.put(losses, sequence_key(epoch), db=tables.meta)
         txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
-
-
-def _who_waits(outbox: list[tuple[bytes, bytes]] | None) -> Callable[[bytes, bytes], bool]:
-    """Whether a handle whose record says that it has this place is yet to be sent, by a salvaged outbox.
-
-    Rather once too often: whose place or handle stands there at all; and when there is more damage than to a single
-    row, or nothing can be known, whoever was ever given a place.
-    """
-    places, handles = {place for place, _ in outbox or ()}, {handle for _, handle in outbox or ()}
-    whole = outbox is not None and len(places) == len(outbox) == len(handles)
-    if not whole or {len(place) for place in places} - {PLACE_BYTES} or {len(one) for one in handles} - {HANDLE_BYTES}:
-        return lambda _, place: place != NO_PLACE
-    return lambda handle, place: place in places or handle in handles
 
 
 def set_epoch(txn: Txn, tables: Tables, epoch: int) -> None:

@@ -378,13 +378,10 @@ class MemoryStore:
             path, imported = self.environment.quarantines.popleft()
             self._hooks.emit(Quarantined(str(path), imported))
 
-    def _judge(self, handle: bytes, raw: bytes, waits: bool) -> Header | None:
-        """A salvaged record's header when it is whole and to be kept: all, or with a backend what that lacks."""
+    def _judge(self, handle: bytes, raw: bytes) -> tuple[Header, bool] | None:
+        """A salvaged record's header when it is whole, and whether a backend has it, unless it waits."""
         header = self._seal.header(handle, raw)
-        if header is None:
-            return None
-        in_backend = self._backend and header.flags & STORABLE and not (waits or header.flags & TOMBSTONE)
-        return None if in_backend else header
+        return header and (header, self._backend and header.flags & (STORABLE | TOMBSTONE) == STORABLE)
 
 
 def _order(header: Header) -> tuple[int, int]:
