@@ -377,7 +377,8 @@ class Flusher:
             self._memory.trusts_clocks(now) and await self._backend.sweep(now, SWEEP_LIMIT) >= SWEEP_LIMIT
         ):
             self._next_sweep = boot + SWEEP_MS
-        if boot >= self._next_retire:
+        # What the last answer has shown the backend to have lost is noted at the next look at it.
+        if boot >= self._next_retire and self._sentinel.greeted is not None:
             await self._retire(boot, now)
 
     async def _retire(self, boot: int, now: int) -> None:

@@ -6,6 +6,7 @@ another master.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -20,7 +21,7 @@ from .errors import BackendError, StoreFull
 from .hooks import BackendForgot, Hooks
 from .memory.outbox import Outbox
 from .memory.store import MemoryStore
-from .memory.tables import LOSSES, RECALLED
+from .memory.tables import LOSSES, PUT_BACK, RECALLED
 
 logger = logging.getLogger("shmsession")
 
@@ -183,6 +184,7 @@ class Recall:
             await asyncio.sleep(0)
 
     def _end(self) -> None:
+        self._outbox.raise_note(PUT_BACK, self._loss)
         if not self._passed_over:  # else somebody who has the Key of what was passed over must do it too
             self._outbox.raise_note(RECALLED, self._loss)
         if self._put:
@@ -199,7 +201,9 @@ def place_of(path: Path) -> bytes:
 
 
 def _machine() -> bytes:
-    try:
-        return Path("/etc/machine-id").read_bytes()
-    except OSError:
-        return b""
+    """What tells this machine from others: containers seldom have an id of their own, but the kernel has one."""
+    for path in ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"):
+        with contextlib.suppress(OSError):
+            if found := Path(path).read_bytes():
+                return found
+    return b""

@@ -24,6 +24,7 @@ from shmsession.memory import salvage
 from shmsession.memory.store import MemoryStore, Missing
 from shmsession.memory.tables import Tables, index, sequence_key
 from shmsession.record import Changes, Record
+from shmsession.testing import ManualClock
 from tests.figures import SEED, report, rng, size
 from tests.memory import (
     Channel,
@@ -359,6 +360,168 @@ def test_whatever_happens_to_the_outbox_what_waits_goes_on_waiting_and_the_dead_
         rebuilt += bool(events)
     report("Damaged outboxes", how=mutation.__name__, files=number + 1, rebuilt=rebuilt, lost=0, revived=0)
     assert rebuilt > number // 10
+
+
+def _build_anew(store: MemoryStore) -> None:
+    store.environment._quarantine(store.environment.open(), "a test says so")
+
+
+def test_a_place_that_was_zeroed_leaves_room_in_front_of_it(place: Path) -> None:
+    """The dead are put in front of all that waits."""
+    with closing(memory_store(place / "base", backend=True)) as store:
+        for number in range(1, 4):
+            create(store, handle(number), number)
+            destroy(store, handle(number))
+        store.outbox.acknowledge(store.outbox.oldest(9), store.outbox.losses())
+        create(store, handle(9), "waits")
+        raw = contents(store).records[handle(9)]
+        put_raw(store, handle(9), raw[:-8] + bytes(8))
+        _build_anew(store)
+        dead = [one for one in store.outbox.oldest(9) if one.handle != handle(9)]
+        store.outbox.acknowledge(dead, store.outbox.losses())
+        assert waiting(store) == [handle(9)]
+        assert store.outbox.put_back(b"", dead=True)[0] == 3
+        assert waiting(store)[-1] == handle(9)
+        assert len(store.outbox.oldest(9)) == 4
+        check_tables(store)
+
+
+@pytest.mark.parametrize("epoch", [2**53, 2**60, 2**63 + 5, 2**64 - 1])
+def test_junk_that_looks_like_another_key_s_record_sets_no_epoch(place: Path, epoch: int) -> None:
+    """It cannot be verified, is kept, and may say what it likes."""
+    with closing(memory_store(place / "base", backend=True)) as store:
+        create(store, handle(1), "a")
+        raw = contents(store).records[handle(1)]
+        put_raw(store, handle(2), b"\x77\x00\x11\x22\x33\x44" + epoch.to_bytes(8, "big") + raw[14:])
+        _build_anew(store)
+        assert value_of(store, handle(1)) == "a"
+        assert handle(2) in contents(store).records
+        assert store.environment.epoch < 2**53
+
+
+def test_a_damaged_number_of_the_last_place_stops_no_commit(place: Path) -> None:
+    """It stands in a mapped file beside the environment, which knows better."""
+    base = place / "base"
+    with closing(memory_store(base, SystemClock(), backend=True)) as store:
+        create(store, handle(1), "a")
+        for number, damage in ((2, b"\xff" * 8), (3, bytes(8)), (4, bytes(7) + b"\x01")):
+            with (base / "test/attached").open("r+b") as file:
+                file.seek(32)
+                file.write(damage)
+            assert create(store, handle(number), number)
+        assert waiting(store) == [handle(number) for number in range(1, 5)]
+        check_tables(store)
+
+
+def test_no_place_is_given_that_somebody_has(place: Path) -> None:
+    """Whatever the number says of the last one."""
+    with closing(memory_store(place / "base", backend=True)) as store:
+        words = store.environment.open().words
+        for number in range(1, 20):
+            create(store, handle(number), number)
+            words[4] -= 1 if number % 3 else 2
+        assert waiting(store) == [handle(number) for number in range(1, 20)]
+        check_tables(store)
+
+
+def test_a_rebuild_takes_no_smaller_map_than_the_one_that_held_it_all(place: Path) -> None:
+    """SHMSESSION_MAP_SIZE may have been lowered since."""
+    base = place / "base"
+    with closing(memory_store(base, SystemClock(), backend=True, map_size=4 << 20)) as store:
+        for number in range(1000):
+            create(store, handle(number), "x" * 900)
+    with closing(memory_store(base, SystemClock(), backend=True, map_size=1 << 20)) as store:
+        store.environment._quarantine(store.environment.open(), "a test says so")
+        assert len(waiting(store)) == 1000
+        assert store.usage().total == 1024
+
+
+# ── a rebuild while others write ──────────────────────────────────────────────────────────────────────────────
+
+
+def _rebuilt_after_commit(store: MemoryStore) -> None:
+    """The next write commits, and before its process looks, another one has built the store anew."""
+    environment = store.environment
+    done: list[int] = []
+    run = environment._run
+
+    def patched(work: Any, write: bool) -> Any:
+        result = run(work, write)
+        if write and not done:
+            done.append(1)
+            environment._quarantine(environment.open(), "a test says so")
+            environment.redoing = True
+            return run(work, write)
+        return result
+
+    environment._run = patched  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("days", [0, -800])
+@pytest.mark.parametrize("verb", ["create", "update", "renew", "destroy"])
+def test_what_is_done_again_after_a_rebuild_is_done_once(place: Path, verb: str, days: int) -> None:
+    """Also when the rebuild gave it another place in the outbox, as the wall clock went back."""
+    clock = ManualClock()
+    with closing(memory_store(place / "base", clock, backend=True)) as store:
+        one, two = handle(1), handle(2)
+        create(store, one, "a")
+        base = store.load(one, clock.now())
+        assert isinstance(base, Record)
+        clock.step(days * 86_400)
+        _rebuilt_after_commit(store)
+        changes = Changes(set={"v": encode("b", "v")}, expect={"v": encode("a", "v")})
+        if verb == "create":
+            assert store.create(two, changes, clock.now())
+        elif verb == "update":
+            assert isinstance(store.update(one, base, changes, clock.now()), Record)
+        elif verb == "renew":
+            assert isinstance(store.renew(one, two, base, Changes(), clock.now(), None, login=False), Record)
+        else:
+            assert store.destroy(one, clock.now()) == one
+            assert store.load(one, clock.now()) is Missing.DEAD
+        check_tables(store)
+
+
+def test_a_death_that_a_rebuild_missed_is_died_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was committed to the old file after that had been read."""
+    clock = ManualClock()
+    with closing(memory_store(place / "base", clock)) as store:
+        create(store, handle(1), "a")
+        image = contents(store).records
+        monkeypatch.setattr(salvage, "records_in", lambda _: iter(image.items()))
+        _rebuilt_after_commit(store)
+        assert store.destroy(handle(1), clock.now()) == handle(1)
+        assert store.load(handle(1), clock.now()) is Missing.DEAD
+
+
+@pytest.mark.parametrize("verb", ["destroy", "renew", "create"])
+def test_what_is_committed_between_the_two_walks_of_a_rebuild_goes_on_waiting(
+    place: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """By a process that had looked before the rebuild began, and is late."""
+    base, clock = place / "base", ManualClock()
+    with closing(memory_store(base, clock, backend=True)) as store:
+        for number in (1, 2):
+            create(store, handle(number), number)
+        store.outbox.acknowledge(store.outbox.oldest(9), store.outbox.losses())
+        create(store, handle(3), 3)
+        before = contents(store).records
+        found = store.load(handle(1), clock.now())
+        assert isinstance(found, Record)
+        if verb == "destroy":
+            store.destroy(handle(1), clock.now())
+        elif verb == "renew":
+            store.renew(handle(1), handle(9), found, Changes(), clock.now(), None, login=True)
+        else:
+            create(store, handle(9), 9)
+        after = contents(store).records
+        # The records are walked while it commits: each as it was, or as it is.
+        for seen in ({**before}, {**after}, {**after, **before}):
+            monkeypatch.setattr(salvage, "records_in", lambda _, seen=seen: iter(seen.items()))
+            rebuilt = store.environment.building._salvaged()
+            waits = {one.handle for one in rebuilt if one.waits}
+            assert handle(3) in waits
+            assert handle(1) in waits or verb == "create", "its end, or else all of it, is sent again"
 
 
 # ── damage met while running ──────────────────────────────────────────────────────────────────────────────────

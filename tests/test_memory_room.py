@@ -22,6 +22,7 @@ from shmsession.memory.store import EVICTION_BATCH, MemoryStore, Missing
 from shmsession.memory.writing import MAP_FULL_ATTEMPTS
 from shmsession.record import USER_KEY, Changes, Data, Record
 from shmsession.testing import ManualClock
+from tests.backends import Host
 from tests.figures import report, rng, size
 from tests.memory import (
     check_tables,
@@ -195,15 +196,15 @@ def test_a_full_store_is_searched_once_a_second_not_once_a_visitor(
     store: MemoryStore, clock: ManualClock, visitors: Visitors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches: list[int] = []
-    evict = room.evict
+    find = room.Evictor.find
 
-    def counted(*args: Any, **kwargs: Any) -> int:
+    def counted(*args: Any) -> Any:
         searches.append(1)
-        return evict(*args, **kwargs)
+        return find(*args)
 
     visitors.come_until_full(size=PAGE)
     clock.advance(1)
-    monkeypatch.setattr(room, "evict", counted)
+    monkeypatch.setattr(room.Evictor, "find", counted)
     before, began = contents(store), transactions(store)
     for _ in range(500):
         with pytest.raises(StoreFull):
@@ -448,3 +449,38 @@ def test_the_default_map_has_256_mib_where_there_is_room_and_the_wanted_size_is_
     assert caplog.records == []
     monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=4096))
     assert places.size_for(0, None) == MIB
+
+
+# ── who is looked at ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("user", [None, ADA], ids=["anonymous", "logged in"])
+def test_those_that_cannot_go_hide_none_that_can(
+    place: Path, monkeypatch: pytest.MonkeyPatch, user: bytes | None
+) -> None:
+    """However many of them end soonest, and though a search comes to its limit: nobody is lost whom nobody else has."""
+    monkeypatch.setattr(room, "LOOKED_AT", 100)
+    with Host(place, map_size=4 << 20) as host:
+        flusher = host.flusher()
+
+        def come(number: int, *, storable: bool) -> None:
+            changes = Changes(set={"v": encode("x" * 400, "v")} | ({USER_KEY: user} if user else {}), storable=storable)
+            assert host.memory.create(handle(number), changes, host.clock.now())
+
+        only_here = range(1, 500)
+        for number in only_here:
+            come(number, storable=False)
+        host.clock.advance(10)
+        for number in range(1_000, 3_000):
+            come(number, storable=True)
+            if number % 200 == 0:
+                host.flush(flusher)
+        host.flush(flusher)
+        host.clock.advance(120)
+        host.flush(flusher)
+        before, gone = host.memory.count(), 0
+        for _ in range(60):
+            gone += host.memory.evict(64)
+        assert gone > 1_000
+        assert host.memory.count() == before - gone
+        assert all(isinstance(host.load(handle(number)), Record) for number in only_here)

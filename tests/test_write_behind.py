@@ -1,6 +1,7 @@
 """Memory, flusher, backend and clock together: what ended stays dead, what was committed is lost nowhere, no row goes
 backwards. Each way it could go wrong by name, and then a great many at random."""
 
+import asyncio
 import contextlib
 import random
 import shutil
@@ -13,12 +14,12 @@ import lmdb
 import pytest
 
 from shmsession.backends.base import SENTINEL, Row, State
-from shmsession.errors import BackendError, ShmSessionError
+from shmsession.errors import BackendError, ShmSessionError, StoreFull
 from shmsession.flusher import BATCH, HEARTBEAT_MS, PIECE, Flusher
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import STALE_FILL_MS, Missing
-from shmsession.memory.tables import LOSSES, RECALLED, Tables, Txn, sequence_key
+from shmsession.memory.tables import LOSSES, PUT_BACK, RECALLED, Tables, Txn, sequence_key
 from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
 from tests.backends import (
     ADA,
@@ -326,10 +327,13 @@ def test_what_was_read_before_the_backend_fell_back_is_not_sent_after(host: Host
     host.agrees()
 
 
+@pytest.mark.parametrize("step", [0, -100], ids=["", "the clock steps back"])
 @pytest.mark.parametrize("losses", [1, 2], ids=["one loss before", "two losses before"])
 @pytest.mark.parametrize("new", [False, True], ids=["it goes on", "a new one"])
 @pytest.mark.parametrize("how", ["forgot", "fell back"])
-def test_a_store_built_anew_sends_again_what_the_backend_lost(host: Host, how: str, new: bool, losses: int) -> None:
+def test_a_store_built_anew_sends_again_what_the_backend_lost(
+    host: Host, how: str, new: bool, losses: int, step: int
+) -> None:
     """Memory and backend come to harm together, and the flusher that goes on knows of losses of the old store."""
     flusher = host.flusher()
     host.create(C)
@@ -344,6 +348,7 @@ def test_a_store_built_anew_sends_again_what_the_backend_lost(host: Host, how: s
     host.flush(flusher)
     host.update(B, v=2)
     host.backend.restore(snapshot)
+    host.clock.step(step)
     build_anew(host)
     host.flush(host.flusher() if new else flusher)
     assert host.backend.state(A) is State.DEAD
@@ -351,6 +356,54 @@ def test_a_store_built_anew_sends_again_what_the_backend_lost(host: Host, how: s
     host.agrees()
     forget_in_memory(host)
     assert is_gone(host, A)
+
+
+def test_what_the_backend_has_lost_is_not_evicted_before_it_waits_again(place: Path) -> None:
+    """While it is put back, bit by bit, visitors come to a crowded store."""
+    with Host(place, map_size=4 << 20) as host:
+        flusher = host.flusher()
+        count = 0
+        with contextlib.suppress(StoreFull):
+            while True:
+                host.login(handle(count + 1), v="x" * 900)
+                count += 1
+                if count % 200 == 0:
+                    host.flush(flusher)
+        host.flush(flusher)
+        host.clock.advance(2 * QUIET_MS / 1000)
+        host.backend.forget(restart=True)
+        host.clock.advance(HEARTBEAT_MS / 1000)
+        going = Running(flusher.round()).until("write").until("write")
+        for number in range(50):
+            with contextlib.suppress(StoreFull):
+                host.login(handle(100_000 + number), v="y" * 900)
+        going.finish()
+        host.flush(flusher)
+        assert count > 1000
+        assert all(isinstance(host.read_through(handle(number + 1)), Record) for number in range(count))
+
+
+@pytest.mark.parametrize("loss", ["everything", "the latest"])
+def test_what_a_batch_shows_to_be_lost_is_not_retired_in_the_same_attempt(place: Path, loss: str) -> None:
+    """The answer says that the backend has fallen back; those that were idle are in memory only now."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        flusher = host.flusher(memory_lifespan=60_000)
+        host.create(A)
+        host.flush(flusher)
+        snapshot = host.backend.snapshot()
+        for number in range(10, 60):
+            host.create(handle(number))
+        host.flush(flusher)
+        host.clock.advance(58)
+        run(flusher.round())
+        host.clock.advance(3)
+        host.backend.restore(snapshot if loss == "the latest" else {})
+        host.create(B)
+        flusher._next_retire = 0
+        flusher.holds_lease = True
+        asyncio.run(flusher._attempt())
+        host.flush(flusher)
+        assert all(isinstance(host.read_through(handle(number)), Record) for number in range(10, 60))
 
 
 def test_a_zombie_crosses_off_nothing_in_a_store_built_anew(host: Host) -> None:
@@ -688,8 +741,10 @@ class World:
             for key in [bytes(key) for key in txn.cursor(tables.meta).iternext(values=False)]:
                 if key not in (b"format", b"uuid", b"size", b"epoch", b"clock", b"check"):
                     txn.delete(key, db=tables.meta)
-            for name in (b"epoch", LOSSES, RECALLED):
-                txn.put(name, sequence_key(epoch), db=tables.meta)
+            txn.put(b"epoch", sequence_key(epoch), db=tables.meta)
+            losses = sequence_key(self.fresh() << 20)
+            for name in (LOSSES, PUT_BACK, RECALLED):
+                txn.put(name, losses, db=tables.meta)
             txn.put(b"uuid", uuid, db=tables.meta)
 
         self.environment.write(work)

@@ -18,20 +18,34 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from shmsession.clock import Clock
+from shmsession.config import MAX_MAP_SIZE
 from shmsession.errors import StoreFull, UnsafeStore
 from shmsession.ids import HANDLE_BYTES
 from shmsession.record import NO_PLACE, PLACE_BYTES, Header
 
 from . import place, salvage, structure
-from .tables import LOSSES, NAMES, RECALLED, Tables, Txn, clock_row, number, put, sequence_after, sequence_key
+from .tables import (
+    LOSSES,
+    NAMES,
+    PUT_BACK,
+    RECALLED,
+    Tables,
+    Txn,
+    clock_row,
+    number,
+    plausible_places,
+    put,
+    sequence_key,
+)
 
 logger = logging.getLogger("shmsession")
 
 MAX_READERS: Final = 2048
 STORE_FORMAT: Final = 1
 
-Judge = Callable[[bytes, bytes], tuple[Header, bool] | None]
-"""The header of a salvaged record, and whether it can be had again unless it waits; None when it is not whole."""
+Judge = Callable[[bytes, bytes], tuple[Header, bool, bool] | None]
+"""The header of a salvaged record, whether it is verified, and whether the record can be had again unless it waits;
+None when it is not whole. What other Keys have sealed cannot be verified here, and is kept."""
 
 
 class Salvaged(NamedTuple):
@@ -40,6 +54,7 @@ class Salvaged(NamedTuple):
     handle: bytes
     raw: bytes
     header: Header
+    verified: bool
     recoverable: bool
     waits: bool = False
 
@@ -125,7 +140,7 @@ class Building:
             shutil.rmtree(old, ignore_errors=True)
         try:
             self._create(directory, kept, aside)
-        except (StoreFull, lmdb.MapFullError):
+        except StoreFull:  # there is no room for both
             shutil.rmtree(self.data)
             self._create(directory, kept)
         self.quarantines.append((aside, len(kept)))
@@ -151,14 +166,23 @@ class Building:
         return [one for one in found if one.waits or not one.recoverable]
 
     def _placed(self, records: list[Salvaged]) -> list[Salvaged]:
-        """What waits keeps its place, unless damage gave it one that is another's, or in the future."""
-        newest, last, placed = sequence_after(0, self._clock.now()), 0, []
+        """What waits keeps its place, unless damage gave it one that is another's, or out of the question."""
+        oldest, newest = plausible_places(self._clock.now())
+        last, placed = oldest, []
         for one in sorted(records, key=lambda one: one.place):
             if one.waits:
                 last = max(last + 1, min(number(one.place), newest))
                 one = one._replace(raw=one.raw[:-PLACE_BYTES] + sequence_key(last))
             placed.append(one)
         return placed
+
+    def _old_size(self) -> int:
+        """How large the map is that is to be replaced, in bytes; damage may have cut it, or made it longer."""
+        try:
+            size = (self.data / "data.mdb").stat().st_size
+        except FileNotFoundError:
+            return 0
+        return min(size, MAX_MAP_SIZE) & -4096
 
     def _create(self, directory: int, records: Collection[Salvaged] = (), aside: Path | None = None) -> None:
         """Make the environment under another name and move it to its place when it is complete.
@@ -171,7 +195,8 @@ class Building:
         new.mkdir(mode=0o700)
         descriptor = place.open_directory(new)
         try:
-            size = place.size_for(directory, self._map_size)
+            # What fitted into the old one must fit, though a smaller one is configured by now.
+            size = max(place.size_for(directory, self._map_size), self._old_size() if records else 0)
             lmdb.open(str(new), map_size=size, mode=0o700, sync=False).close()
             place.allocate(new / "data.mdb", descriptor, size)
         except BaseException:  # also when it is interrupted; it goes on
@@ -183,7 +208,7 @@ class Building:
         try:
             tables = Tables(*(env.open_db(name) for name in NAMES))
             with env.begin(write=True) as txn:
-                self._found(txn, tables, size, max((salvaged.header.epoch for salvaged in records), default=0))
+                self._found(txn, tables, size, max((one.header.epoch for one in records if one.verified), default=0))
                 for one in records:
                     put(txn, tables, one.handle, one.raw, one.header)
                     if one.waits:
@@ -202,10 +227,10 @@ class Building:
         txn.put(b"format", sequence_key(STORE_FORMAT), db=tables.meta)
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
         txn.put(b"size", sequence_key(size), db=tables.meta)
-        epoch = max(now, newest_epoch + 1)
-        set_epoch(txn, tables, epoch)
-        for losses in (LOSSES, RECALLED):  # a flusher that knew the store before is to know none of its losses again
-            txn.put(losses, sequence_key(epoch), db=tables.meta)
+        set_epoch(txn, tables, max(now, newest_epoch + 1))
+        losses = number(os.urandom(6))  # a flusher that knew the store before is to know none of its losses again
+        for name in (LOSSES, PUT_BACK, RECALLED):
+            txn.put(name, sequence_key(losses), db=tables.meta)
         txn.put(b"clock", clock_row(now - self._clock.boot(), 0), db=tables.meta)
 
 

@@ -24,7 +24,7 @@ from shmsession.errors import StoreError, StoreFull, UnsafeStore
 from . import place
 from .building import STORE_FORMAT, Building, identity, open_lmdb, set_epoch
 from .counters import Counters
-from .tables import NAMES, Tables, Txn, number, sequence_after
+from .tables import NAMES, YEAR_MS, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
 T = TypeVar("T")
 
@@ -76,9 +76,6 @@ class Opened:
             self.tables = Tables(*(env.open_db(name, txn=txn, create=False) for name in NAMES))
             self.epoch = number(txn.get(b"epoch", db=self.tables.meta))
             self.uuid: bytes = txn.get(b"uuid", b"", db=self.tables.meta)
-            if not words[4]:
-                cursor = txn.cursor(self.tables.outbox)
-                words[4] = number(bytes(cursor.key())) if cursor.last() else 0
             if number(txn.get(b"format", db=self.tables.meta)) > STORE_FORMAT:
                 raise UnsafeStore(
                     f"{data.parent} was made by a newer version of shmsession: upgrade, or set SHMSESSION_NAME"
@@ -203,10 +200,15 @@ class Environment:
         words = (self._opened or self.open()).words
         words[3] = (words[3] + 1) % (1 << 64)
 
-    def next_place(self, now: int) -> int:
-        """A place of the outbox behind all that were ever given out. To be called within a write transaction."""
+    def take_place(self, txn: Txn, tables: Tables, handle: bytes, now: int) -> bytes:
+        """Give a session a place in the outbox behind all that were ever given out, within a write transaction."""
         words = (self._opened or self.open()).words
-        words[4] = place = sequence_after(words[4], now)
+        last: int = words[4]
+        if not last or sequence_moment(last) > now + YEAR_MS:  # it was lost, or damaged
+            last = last_place(txn, tables, now)
+        while not txn.put(place := sequence_key(sequence_after(last, now)), handle, db=tables.outbox, overwrite=False):
+            last = max(sequence_after(last, now), last_place(txn, tables, now))
+        words[4] = number(place)
         return place
 
     def raise_epoch(self, epoch: int) -> None:

@@ -255,6 +255,8 @@ class Outbox:
 
         def work(txn: Txn, tables: Tables) -> int:
             gone = 0
+            if room.is_recalling(txn, tables):
+                return gone
             for handle in due:
                 record = idles(txn, tables, handle)
                 if record is not None:

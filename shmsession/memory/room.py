@@ -7,7 +7,7 @@ from shmsession.record import AUTHENTICATED, STORABLE, TOMBSTONE, Header, unpack
 
 from .environment import Usage
 from .seal import SHORTEST
-from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, Tables, Txn, expiry_bound, handle_in, remove, waits
+from .tables import ANONYMOUS_CLASS, LOGGED_IN_CLASS, LOSSES, PUT_BACK, Tables, Txn, expiry_bound, handle_in, waits
 
 QUIET_MS: Final = 60_000
 """Nothing that changed within this time is evicted or forgotten: a slow fill must still meet it."""
@@ -21,7 +21,9 @@ RESERVED: Final = 5
 """The last points below each limit are for those for whom others had to go. Records have random handles: removing
 some leaves holes in many pages and frees none, and the next record seldom fits into one of these very holes."""
 
-_SCAN_PER_EVICTION: Final = 8
+LOOKED_AT: Final = 1 << 16
+"""So many records of a kind are looked at in one search: some ten milliseconds, in which nobody waits for it but this
+process."""
 
 
 class Crowd(NamedTuple):
@@ -64,38 +66,64 @@ def limit_for(header: Header) -> int:
     return NEW_LOGGED_IN if header.flags & AUTHENTICATED else NEW_ANONYMOUS
 
 
-def evict(txn: Txn, tables: Tables, boot: int, count: int, *, backend: bool) -> int:
-    """Remove up to `count` records that may go, soonest to end first; returns how many went.
+class Evictor:
+    """Finds who goes: soonest to end first. `backend`: whether there is one that may have it all.
 
     With a backend: what it has too, anonymous before logged-in. Then anonymous records that exist in memory only.
     Never dirty ones, never a logged-in one that cannot be loaded again, never one that changed within QUIET_MS.
     """
-    gone = 0
-    rounds = [(ANONYMOUS_CLASS, True), (LOGGED_IN_CLASS, True)] if backend else []
-    for kind, recoverable in [*rounds, (ANONYMOUS_CLASS, False)]:
-        gone += _evict_class(txn, tables, kind, boot, count - gone, recoverable=recoverable)
-        if gone >= count:
-            break
-    return gone
+
+    def __init__(self, *, backend: bool) -> None:
+        self._backend = backend
+        self._after: dict[tuple[int, bool], bytes] = {}
+        """Where a search goes on that came to its limit."""
+
+    def find(self, txn: Txn, tables: Tables, boot: int, count: int) -> list[tuple[bytes, bool]]:
+        """(handle, whether the backend has it) of up to `count` that may go, by one snapshot.
+
+        Nobody whom it would lose is named before all have been looked at whom it would not.
+        """
+        found: list[tuple[bytes, bool]] = []
+        recoverable = [(ANONYMOUS_CLASS, True), (LOGGED_IN_CLASS, True)] if self._backend else []
+        if recoverable and is_recalling(txn, tables):  # the backend does not have it all
+            return found
+        for kind in (*recoverable, (ANONYMOUS_CLASS, False)):
+            found += [(handle, kind[1]) for handle in self._search(txn, tables, kind, boot, count - len(found))]
+            if len(found) >= count or kind in self._after:
+                break
+        return found
+
+    def _search(self, txn: Txn, tables: Tables, kind: tuple[int, bool], boot: int, count: int) -> list[bytes]:
+        victims: list[bytes] = []
+        cursor = txn.cursor(tables.expiry)
+        begun = self._after.pop(kind, b"")
+        more = cursor.set_range(begun or expiry_bound(kind[0], 0))
+        for _ in range(LOOKED_AT):
+            if not more or len(victims) >= count or cursor.key()[0] != kind[0]:
+                if begun and not victims:  # what stands in front was not looked at this time
+                    self._after[kind] = expiry_bound(kind[0], 0)
+                return victims
+            handle = handle_in(bytes(cursor.key()))
+            if may_go(txn, tables, handle, boot, recoverable=kind[1]):
+                victims.append(handle)
+            more = cursor.next()
+        if more:
+            self._after[kind] = bytes(cursor.key())
+        return victims
 
 
-def _evict_class(txn: Txn, tables: Tables, kind: int, boot: int, count: int, *, recoverable: bool) -> int:
-    victims: list[tuple[bytes, Header]] = []
-    cursor = txn.cursor(tables.expiry)
-    found = cursor.set_range(expiry_bound(kind, 0))
-    for _ in range(count * _SCAN_PER_EVICTION):
-        if not found or len(victims) >= count or cursor.key()[0] != kind:
-            break
-        handle = handle_in(bytes(cursor.key()))
-        raw = txn.get(handle, db=tables.records) if handle else None
-        if raw is not None and len(raw) >= SHORTEST:
-            header = unpack_header(raw)  # type: ignore[arg-type]
-            if _may_go(header, boot, recoverable=recoverable) and not waits(txn, tables, handle, raw):  # type: ignore[arg-type]
-                victims.append((handle, header))
-        found = cursor.next()
-    for handle, header in victims:
-        remove(txn, tables, handle, header)
-    return len(victims)
+def is_recalling(txn: Txn, tables: Tables) -> bool:
+    """Whether the backend has lost something that does not yet wait to be sent again."""
+    return txn.get(LOSSES, db=tables.meta) != txn.get(PUT_BACK, db=tables.meta)
+
+
+def may_go(txn: Txn, tables: Tables, handle: bytes, boot: int, *, recoverable: bool) -> bool:
+    """Whether a record may be evicted, as one that the backend has, or as one that nobody else has."""
+    raw = txn.get(handle, db=tables.records) if handle else None
+    if raw is None or len(raw) < SHORTEST:
+        return False
+    header = unpack_header(raw)  # type: ignore[arg-type]
+    return _may_go(header, boot, recoverable=recoverable) and not waits(txn, tables, handle, raw)  # type: ignore[arg-type]
 
 
 def _may_go(header: Header, boot: int, *, recoverable: bool) -> bool:

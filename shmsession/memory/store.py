@@ -15,6 +15,7 @@ from shmsession.hooks import Event, Evicted, Hooks, Quarantined, RecordCorrupt
 from shmsession.keyring import Keyring
 from shmsession.record import (
     HEADER_BYTES,
+    PLACE_BYTES,
     RENEWED,
     STORABLE,
     TOMBSTONE,
@@ -32,7 +33,7 @@ from .outbox import Outbox
 from .place import default_directory
 from .seal import RecordSeal
 from .sweeping import Sweeper, any_due, clock_stepped
-from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, sequence_key, unindex, waits
+from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, remove, sequence_key, unindex, waits
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -84,6 +85,7 @@ class MemoryStore:
         self.environment = registry.acquire(base, name, map_size, clock, self._judge)
         self._writer = Writer(self.environment, self._drafts, clock, self._make_room, self._tell, backend=backend)
         self.outbox = Outbox(self.environment, self._seal, self._writer, clock)
+        self._evictor = room.Evictor(backend=backend)
         self._sweeper = Sweeper(self._seal, self._writer.bury, backend=backend)
 
     def open(self) -> None:
@@ -136,7 +138,7 @@ class MemoryStore:
             nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
-                return done if self.environment.redoing and done is not None and raw == done.raw else None
+                return done if self.environment.redoing and done and _is_same(raw, done) else None
             crowd = self._writer.admit(txn, tables, room.limit_for(record.header), len(record.raw))
             done = self._writer.insert(txn, tables, handle, record)
             self._writer.settle(txn, tables, crowd, made_room)
@@ -160,7 +162,7 @@ class MemoryStore:
             raw = txn.get(handle, db=tables.records)
             if raw is None:
                 return Missing.UNKNOWN
-            if self.environment.redoing and done is not None and raw == done.raw:
+            if self.environment.redoing and done and _is_same(raw, done):
                 return done  # the store was rebuilt after the first run had committed, and has kept that
             if raw == base.raw and prepared is not None:
                 stored, record = base, prepared
@@ -185,18 +187,20 @@ class MemoryStore:
             return base
         return result.record if isinstance(result, Conflict) else result
 
-    def fill(self, handle: bytes, header: Header, data: bytes, missed: int) -> Record | Missing | None:
-        """Keep what a backend answered to a miss at boot time `missed`; not dirty.
+    def fill(
+        self, handle: bytes, header: Header, data: bytes, missed: int, incarnation: bytes | None = None
+    ) -> Record | Missing | None:
+        """Keep what a backend answered to a miss at boot time `missed`, in this `incarnation` of the store; not dirty.
 
         Never over a tombstone or a newer record, which is returned instead; None when the answer is too old to be
-        believed, or there is no room.
+        believed, or there is no room. Another incarnation may know nothing of what ended since.
         """
         boot = self._clock.boot()
         kept = header._replace(key_id=self._seal.key_id, changed=boot)
         record = self._seal.close(handle, kept, data)
 
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
-            if self._clock.boot() - missed > STALE_FILL_MS:
+            if self._clock.boot() - missed > STALE_FILL_MS or incarnation not in (None, self.environment.uuid):
                 return None
             if missed <= number(txn.get(b"cleared", db=tables.meta)) < missed + STALE_FILL_MS:  # type: ignore[arg-type]
                 return Missing.DEAD
@@ -239,7 +243,7 @@ class MemoryStore:
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing:
             nonlocal done
             raw = txn.get(old, db=tables.records)
-            if self.environment.redoing and done is not None and txn.get(new, db=tables.records) == done.raw:
+            if self.environment.redoing and done and _is_same(txn.get(new, db=tables.records), done):
                 return done
             if raw is None:
                 return Missing.UNKNOWN
@@ -271,12 +275,12 @@ class MemoryStore:
 
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> bytes | None:
             nonlocal done
-            if self.environment.redoing and done is not None:
-                return done
             target = handle
             while True:
                 raw = txn.get(target, db=tables.records)
                 found = None if raw is None else self._seal.open(target, raw)  # type: ignore[arg-type]
+                if self.environment.redoing and done == target and found is not None and found.header.flags & TOMBSTONE:
+                    return done
                 if found is None or not found.header.flags & TOMBSTONE:
                     last = found or self._unseen(target, now, boot)
                     self._writer.bury(txn, tables, target, last.header, last.place, now, boot)
@@ -314,13 +318,19 @@ class MemoryStore:
         return not self.environment.write(lambda txn, tables: clock_stepped(txn, tables, now, boot))
 
     def evict(self, count: int = EVICTION_BATCH) -> int:
-        """Remove up to `count` records that may go (`room.evict`); returns how many went."""
+        """Remove up to `count` records that may go (see Evictor); returns how many went."""
         boot = self._clock.boot()
+        victims = self.environment.read(lambda txn, tables: self._evictor.find(txn, tables, boot, count))
 
         def work(limit: int, txn: Txn, tables: Tables) -> int:
-            return room.evict(txn, tables, boot, limit, backend=self._backend)
+            gone = 0
+            for handle, recoverable in victims[:limit]:
+                if room.may_go(txn, tables, handle, boot, recoverable=recoverable):
+                    remove(txn, tables, handle, unpack_header(txn.get(handle, db=tables.records)))  # type: ignore[arg-type]
+                    gone += 1
+            return gone
 
-        gone = self._writer.clean(work, count)
+        gone = self._writer.clean(work, len(victims))
         if gone:
             self.environment.counters.add("evicted", gone)
             self._hooks.emit(Evicted(gone))
@@ -378,10 +388,21 @@ class MemoryStore:
             path, imported = self.environment.quarantines.popleft()
             self._hooks.emit(Quarantined(str(path), imported))
 
-    def _judge(self, handle: bytes, raw: bytes) -> tuple[Header, bool] | None:
-        """A salvaged record's header when it is whole, and whether a backend has it, unless it waits."""
-        header = self._seal.header(handle, raw)
-        return header and (header, self._backend and header.flags & (STORABLE | TOMBSTONE) == STORABLE)
+    def _judge(self, handle: bytes, raw: bytes) -> tuple[Header, bool, bool] | None:
+        """See Judge. A backend has what is storable and alive."""
+        try:
+            record = self._seal.open(handle, raw)
+        except Unreadable:
+            return unpack_header(raw), False, False
+        if record is None:
+            return None
+        recoverable = self._backend and record.header.flags & (STORABLE | TOMBSTONE) == STORABLE
+        return record.header, True, recoverable
+
+
+def _is_same(raw: object, done: Record) -> bool:
+    """Whether this was stored by the run before, though a rebuild may have given it another place in the outbox."""
+    return isinstance(raw, bytes) and raw[:-PLACE_BYTES] == done.raw[:-PLACE_BYTES]
 
 
 def _order(header: Header) -> tuple[int, int]:

@@ -15,11 +15,14 @@ _EXPIRY = struct.Struct(">BQ20s")
 EXPIRY_ROW_BYTES: Final = _EXPIRY.size
 _SEQUENCE = struct.Struct(">Q")
 _SEQUENCE_BITS: Final = 20
+YEAR_MS: Final = 366 * 86_400_000
 _CLOCK = struct.Struct(">qQ")
 
 LOSSES: Final = b"forgot"
-"""The note that says how often the backend was found to have lost what it had acknowledged, on top of what a new store
-begins with: no other store of this place has had such a number."""
+"""The note that says how often the backend was found to have lost what it had acknowledged, on top of a random number
+with which a store begins: no other store of this place has had it."""
+PUT_BACK: Final = b"put back"
+"""The note up to which of these losses all was put back that this host's processes can read."""
 RECALLED: Final = b"recalled"
 """The note up to which of these losses all was put back."""
 
@@ -78,6 +81,18 @@ def number(stored: bytes | None) -> int:
 def sequence_after(last: int, now: int) -> int:
     """The next number of the outbox. It tells when it was given, as far as the wall clock went forward."""
     return max(last + 1, now << _SEQUENCE_BITS)
+
+
+def plausible_places(now: int) -> tuple[int, int]:
+    """The first and last place that can have been given out by now, if the wall clock never stepped by a year."""
+    return sequence_after(0, max(0, now - YEAR_MS)), sequence_after(0, now + YEAR_MS)
+
+
+def last_place(txn: Txn, tables: Tables, now: int) -> int:
+    """The last place in the outbox that can have been given out by now; 0 for none."""
+    cursor = txn.cursor(tables.outbox)
+    beyond = cursor.set_range(sequence_key(plausible_places(now)[1] + 1))
+    return number(bytes(cursor.key())) if (cursor.prev() if beyond else cursor.last()) else 0
 
 
 def sequence_moment(sequence: int) -> int:

@@ -172,9 +172,8 @@ class Writer:
 
     def _new_place(self, txn: Txn, tables: Tables, handle: bytes, *, front: bool = False) -> bytes:
         """A place behind all others, or in front of them, now taken."""
-        if front and (cursor := txn.cursor(tables.outbox)).first():
-            place = sequence_key(number(bytes(cursor.key())) - 1)
-        else:
-            place = sequence_key(self._environment.next_place(self._clock.now()))
-        txn.put(place, handle, db=tables.outbox)
-        return place
+        if front and (cursor := txn.cursor(tables.outbox)).first() and (first := number(bytes(cursor.key()))) > 1:
+            place = sequence_key(first - 1)
+            txn.put(place, handle, db=tables.outbox)
+            return place
+        return self._environment.take_place(txn, tables, handle, self._clock.now())
