@@ -123,6 +123,7 @@ def test_what_leaves_memory_because_the_backend_has_it_is_counted(store: Session
     assert store.sync.flush()
     advance(store, 3601)
     flusher = store.behind._make_flusher()
+    asyncio.run(flusher.round())
     asyncio.run(flusher._keep_house())
     assert (store.count(), counted(store)["retired"]) == (0, 3)
 
