@@ -91,9 +91,7 @@ class SessionMiddleware:
             raise
         else:
             if not (refused or (session.headers_sent and session.is_settled)):  # as commit() asks, a call earlier
-                outcome = store.commit(session, failed=not session.headers_sent)
-                if outcome.through:
-                    await store.persisted(outcome.through)
+                await self._commit_rest(session)
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         store = self.store
@@ -101,7 +99,7 @@ class SessionMiddleware:
         async def receive_and_commit() -> Message:
             message = await receive()
             if message["type"] == "websocket.disconnect" and session.headers_sent:
-                store.commit(session)
+                await self._commit_rest(session)
             return message
 
         async def send_after_commit(message: Message) -> None:
@@ -114,7 +112,7 @@ class SessionMiddleware:
                 if outcome.vary:
                     message = _with_headers(message, outcome, scope, store)
             elif kind == "websocket.close":
-                store.commit(session, failed=not session.headers_sent)
+                await self._commit_rest(session)
             await send(message)
 
         try:
@@ -127,7 +125,13 @@ class SessionMiddleware:
             store.commit_failed(session)
             raise
         else:
-            store.commit(session, failed=not session.headers_sent)
+            await self._commit_rest(session)
+
+    async def _commit_rest(self, session: Session) -> None:
+        """Commit what came after the headers, if any left; where the backend is to be waited for, the end waits."""
+        outcome = self.store.commit(session, failed=not session.headers_sent)
+        if outcome.through:
+            await self.store.persisted(outcome.through)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         first: list[Message] = [await receive()]

@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, unix_connect
 
-from shmsession import Session, SessionStore
+from shmsession import Key, Session, SessionConfig, SessionStore
 from shmsession.asgi import App, Message, Receive, Scope, Send, SessionMiddleware
 from shmsession.errors import ResponseStarted, SessionGone
 from shmsession.testing import login_cookie
+from tests.backends import MemoryBackend
 from tests.servers import ASGI, PATIENCE, UVICORN, UVICORN_WORKER, Browser, Kind, Running, Server
 
 pytest_plugins = ["tests.hosts"]
@@ -213,6 +216,37 @@ def test_changes_in_a_socket_are_committed_when_it_ends(shm_store: SessionStore,
     cookie = cookie_of(shm_store, a=1)
     assert Conversation(shm_store, socket_app(ACCEPT, put(b=2), end), cookie).error is None
     assert stored(shm_store, cookie) == {"a": 1, "b": 2}
+
+
+@pytest.fixture
+def kept_store(place: Path) -> Iterator[SessionStore]:
+    """A store whose backend hears of a commit only when somebody waits for that."""
+    config = SessionConfig(
+        directory=place / "sessions", name="test", secure=False, keys=(Key.generate(),), map_size=4 << 20,
+        flush_interval=timedelta(days=1), through_timeout=timedelta(seconds=PATIENCE), write="through",
+    )  # fmt: skip
+    with SessionStore(MemoryBackend(labelled=False), config=config) as store:
+        yield store
+
+
+@pytest.mark.parametrize("verb", ["set", "save", "destroy"])
+@pytest.mark.parametrize("end", [CLOSE, None, lambda session: None], ids=["close", "disconnect", "return"])
+def test_the_end_of_a_socket_waits_for_the_backend(kept_store: SessionStore, end: Any, verb: str) -> None:
+    """With `write="through"`, as a response does; and for a session that ended whatever the setting."""
+    kept_store.writes_through = verb != "destroy"
+    cookie = cookie_of(kept_store, a=1)
+    assert kept_store.sync.flush(PATIENCE)
+
+    def change(session: Session) -> None:
+        session["b"] = 2
+        if verb == "save":
+            session.save()
+        elif verb == "destroy":
+            session.destroy()
+
+    assert Conversation(kept_store, socket_app(ACCEPT, change, end), cookie).error is None
+    assert stored(kept_store, cookie) == ({} if verb == "destroy" else {"a": 1, "b": 2})
+    assert len(kept_store.memory.outbox) == 0
 
 
 def test_save_commits_now_and_the_cookie_is_not_needed(shm_store: SessionStore) -> None:
