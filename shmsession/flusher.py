@@ -47,8 +47,8 @@ SWEEPS: Final = 10
 RETIRE_CHUNKS: Final = 40
 PAUSE_SECONDS: Final = 0.02
 """How often it is asked whether somebody rang, where no bell can be heard, and while somebody waits for the outbox."""
-RING_SECONDS: Final = 1.0
-"""How often somebody who waits for the outbox rings."""
+RETRY_SECONDS: Final = 1.0
+"""How often somebody who waits for the outbox rings, or tries again what failed."""
 
 
 class _Ahead(NamedTuple):
@@ -203,25 +203,27 @@ class Flusher:
         Whoever holds the lease sends it; without one, this does. What the backend turns out to have lost counts too.
         """
         loop = asyncio.get_running_loop()
-        end, next_ring = loop.time() + seconds, 0.0
+        end, next_ring, next_round = loop.time() + seconds, 0.0, 0.0
         last, recalled = self._newest(), self._recall.count
         try:
             while self._waits(last) or not self._recall.is_done:
-                left = end - loop.time()
-                if left <= 0:
+                now, sent = loop.time(), 0
+                if now >= end:
                     return False
-                sent = 0
                 if not self._outbox.oldest(1) and self._recall.is_done:  # what is left is for who has the Key
                     self._lease.release()
+                elif now < next_round or is_down(self._environment, self._clock):
+                    pass  # it has just failed
                 elif self._lease.take():
-                    sent = await self._drain_round(left)
-                elif loop.time() >= next_ring:
-                    next_ring = loop.time() + RING_SECONDS
+                    sent = await self._drain_round(end - now)
+                    next_round = 0.0 if sent >= 0 else loop.time() + RETRY_SECONDS
+                elif now >= next_ring:
+                    next_ring = now + RETRY_SECONDS
                     ring(self._bell, self._environment)
                 if self._recall.count != recalled:
                     last, recalled = self._newest(), self._recall.count
-                if not sent:  # what is left is for others, in their hands, or has to wait
-                    await asyncio.sleep(min(left, PAUSE_SECONDS))
+                if sent <= 0:  # what is left is for others, in their hands, or has to wait
+                    await asyncio.sleep(min(max(0.0, end - loop.time()), PAUSE_SECONDS))
             return True
         finally:
             with contextlib.suppress(ShmSessionError):
@@ -240,17 +242,18 @@ class Flusher:
         return ends is not None and ends[0] <= last
 
     async def _drain_round(self, seconds: float) -> int:
-        try:
+        """`round`, but -1 when it failed, or took too long."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                return await self.round()
-        except TimeoutError:
-            return 0
-        except Neighbour as error:
-            if not isinstance(error, Overtaken):
-                self._tell(str(error))
-        except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
-            self._failed(error)
-        return 0
+                try:
+                    return await self.round()
+                except Overtaken:
+                    return 0
+                except Neighbour as error:
+                    self._tell(str(error))
+                except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
+                    self._failed(error)
+        return -1
 
     async def round(self) -> int:
         """Send the oldest commits, a batch at most; returns how many, BATCH when there may be more.

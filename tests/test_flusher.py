@@ -19,7 +19,7 @@ from shmsession.flusher import (
     Flusher,
     is_down,
 )
-from shmsession.hooks import BackendForgot, Flushed, FlushFailed
+from shmsession.hooks import BackendForgot, Flushed, FlushFailed, Hooks
 from shmsession.record import Changes
 from shmsession.sentinel import LONG_AGO_MS, NEIGHBOUR_MS
 from shmsession.testing import ManualClock
@@ -353,6 +353,46 @@ def test_a_drain_ends_when_nothing_waits_that_it_may_send(place: Path) -> None:
         assert rounds < 30, "it span"
         assert asyncio.run(newer.flusher().drain(60))
         newer.agrees()
+
+
+@pytest.mark.parametrize("trouble", ["a dead backend", "its own time-outs", "a full store", "a neighbour"])
+def test_a_drain_asks_no_more_than_once_a_second_what_has_just_failed(place: Path, trouble: str) -> None:
+    """Each attempt is counted, told to the hooks, and one more question to whoever is in trouble already."""
+    backend, clock = MemoryBackend(labelled=False), ManualClock()
+    with Host(place / "one", backend, clock) as one, Host(place / "two", backend, clock, name="other") as two:
+        one.create(A)
+        if trouble == "a neighbour":
+            one.flush()
+        two.create(B)
+        flusher = two.flusher()
+        if trouble == "a full store":
+            flusher._outbox.losses = _full  # type: ignore[method-assign, assignment]
+        elif trouble != "a neighbour":
+            backend.fail("initialize", times=100)
+            backend.error = TimeoutError if trouble == "its own time-outs" else backend.error
+        before = len(backend.calls)
+        assert not asyncio.run(flusher.drain(0.3))
+        assert len(backend.calls) <= before + 2, "more than one look"
+        assert [type(event) for event in two.events].count(FlushFailed) == (trouble != "a neighbour")
+
+
+def test_a_drain_goes_on_when_the_backend_may_be_asked_again(place: Path) -> None:
+    """It waits as long as the flusher does after each failure, and no longer."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        pauses: list[int] = []
+
+        def time_passes(event: object) -> None:
+            if isinstance(event, FlushFailed):
+                pauses.append(host.memory.environment.backend_down_until - host.clock.boot())
+                host.clock.advance(pauses[-1] / 1000)
+
+        host.create(A)
+        host.backend.fail("initialize", times=4)
+        flusher = host.flusher()
+        flusher._hooks = Hooks([time_passes])
+        assert asyncio.run(flusher.drain(60))
+        assert [BACKOFF_MS[0] << n >= pause >= BACKOFF_MS[0] << n >> 1 for n, pause in enumerate(pauses)] == [True] * 4
+        host.agrees()
 
 
 def test_the_backend_is_swept_once_a_minute_until_nothing_is_due(place: Path) -> None:
