@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from ._portal import Portal
 from .backends.base import Backend, State
@@ -22,10 +22,14 @@ from .rows import Rows
 
 logger = logging.getLogger("shmsession")
 
+T = TypeVar("T")
+
 MISSING_MS: Final = 5_000
 """So long a handle that the backend does not have is not asked for again. Less than memory keeps what it learns."""
 MISSING_HANDLES: Final = 4_096
 OPEN_SECONDS: Final = 10.0
+REOPEN_SECONDS: Final = 1.0
+"""How often a backend that cannot be opened is tried again."""
 POLL_SECONDS: Final = (0.0005, 0.01)
 
 
@@ -46,7 +50,7 @@ class Behind:
         self._bell = Doorbell(memory.environment.path)
         self._starting = threading.Lock()
         self._portal: Portal | None = None
-        self._last: Portal | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._flushing: asyncio.Task[None] | None = None
         self.flushes = False
         """Whether a candidate for the lease runs here."""
@@ -54,12 +58,20 @@ class Behind:
         self._missing: dict[bytes, int] = {}
         self.pid = os.getpid()
         self._closed = False
-        self._failures = 0
 
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def open(self) -> None:
+        """Run a candidate for the lease here from now on, with the backend open, unless that is down.
+
+        Then it is tried again by itself, for as long as it takes. Raises ConfigError, StoreError.
+        """
+        with contextlib.suppress(BackendError):  # the candidate meets it too, and says so
+            self._there().wait(self._ready())
+        self.start()
+
     def start(self) -> None:
-        """Run a candidate for the lease here from now on. Raises BackendError when the backend cannot be opened."""
+        """The same, without waiting for the backend. Raises StoreError."""
         portal = self._there()
         with self._starting:
             if not (self.flushes or self._closed):
@@ -67,56 +79,75 @@ class Behind:
                 self.flushes = True
 
     async def _begin(self) -> None:
-        self._flushing = asyncio.create_task(self._make_flusher().run())
+        self._flushing = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        told = ""
+        while True:
+            try:
+                await self._ready()
+                break
+            except ShmSessionError as error:
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("this process does not flush its sessions yet: %s", told)
+            await asyncio.sleep(REOPEN_SECONDS)
+        await self._make_flusher().run()
 
     def see_to_it(self) -> None:
-        """`start`, where something was committed, if nothing has; a backend that cannot be opened is tried later."""
-        if self.flushes or is_down(self._environment, self._clock):
+        """`start`, where something was committed, if nothing has; what keeps it from that is logged."""
+        if self.flushes:
             return
         try:
             self.start()
         except ShmSessionError as error:
-            self._failed()
             logger.warning("this process does not flush its sessions: %s", error)
 
     def _there(self) -> Portal:
-        """Where the backend is open."""
-        last, failures = self._last, self._failures
-        if last is not None and last.is_here:  # before the lock: whoever has it may wait for this very thread
+        """Where the backend is used."""
+        portal = self._portal
+        if portal is not None and portal.is_here:  # before the lock: whoever has it may wait for this very thread
             raise StoreError("a hook of the flusher cannot wait for the backend: do it in another thread")
         with self._starting:
             if self._closed:
                 raise StoreError("this store has been closed")
             if self._portal is None:
-                if self._failures != failures:  # whoever waited for another's attempt need not wait for its own
-                    raise BackendUnavailable(f"{self._backend.name} could not be opened")
-                portal = Portal()
-                try:
-                    portal.wait(self._open(), OPEN_SECONDS)
-                except BaseException as error:  # whatever stops the start; it goes on
-                    self._failures += 1
-                    portal.close()
-                    if isinstance(error, TimeoutError):
-                        raise BackendUnavailable(
-                            f"{self._backend.name} could not be opened in {OPEN_SECONDS} s"
-                        ) from None
-                    raise
-                self._portal = self._last = portal
+                self._portal = Portal()
             return self._portal
 
+    async def _ready(self) -> None:
+        """Until the backend is open; an attempt is everybody's who waits for it. Raises BackendError, ConfigError."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._tried)
+        await asyncio.shield(self._opening)
+
+    def _tried(self, opening: "asyncio.Task[None]") -> None:
+        if not opening.cancelled() and opening.exception() is not None:
+            self._opening = None
+            self._failed()
+
     async def _open(self) -> None:
+        limit = asyncio.timeout(OPEN_SECONDS)
         try:
-            await self._backend.open()
+            async with limit:
+                await self._backend.open()
         except ShmSessionError:
             raise
         except Exception as error:  # a backend may be somebody else's code
+            if limit.expired():
+                raise BackendUnavailable(f"{self._backend.name} could not be opened in {OPEN_SECONDS} s") from None
             raise BackendError(f"{self._backend.name} could not be opened: {type(error).__name__}") from error
+
+    async def _when_ready(self, work: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        await self._ready()
+        return await work(*arguments)
 
     def close(self) -> None:
         """Stop here; other processes go on, and what waits is sent by them, or at the next start."""
         with self._starting:
             self._closed = True
-            portal, self._portal = self._portal, None
+            portal = self._portal
             if portal is not None and portal.pid == os.getpid():
                 with contextlib.suppress(ShmSessionError, TimeoutError):
                     portal.wait(self._stop(), OPEN_SECONDS)
@@ -124,9 +155,10 @@ class Behind:
         self._bell.remove()
 
     async def _stop(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-            await asyncio.gather(self._flushing, return_exceptions=True)
+        running = [task for task in (self._flushing, self._opening) if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         with contextlib.suppress(Exception):  # a backend may be somebody else's code; it ends here anyway
             await self._backend.close()
 
@@ -135,12 +167,12 @@ class Behind:
     def load(self, handle: bytes) -> Record | Missing:
         """What the backend has, kept in memory from now on. Blocks this thread. Raises BackendError, StoreError."""
         self._refuse_if_down()
-        return self._there().wait(self._load_once(handle))
+        return self._there().wait(self._when_ready(self._load_once, handle))
 
     async def load_async(self, handle: bytes) -> Record | Missing:
         """The same, for code on any event loop."""
         self._refuse_if_down()
-        return await self._there().ask(self._load_once(handle))
+        return await self._there().ask(self._when_ready(self._load_once, handle))
 
     def _refuse_if_down(self) -> None:
         if is_down(self._environment, self._clock):
@@ -247,19 +279,19 @@ class Behind:
 
     def drain(self, seconds: float) -> bool:
         """Send all that waits, from this process, for so long at most; whether nothing is left. Blocks this thread."""
-        return self._there().wait(self._drain(seconds))
+        return self._there().wait(self._when_ready(self._drain, seconds))
 
     async def drain_async(self, seconds: float) -> bool:
         """The same, for code on any event loop."""
-        return await self._there().ask(self._drain(seconds))
+        return await self._there().ask(self._when_ready(self._drain, seconds))
 
     async def _drain(self, seconds: float) -> bool:
         return await self._make_flusher().drain(seconds)
 
     async def clear(self) -> int:
         """`Backend.clear`, for code on any event loop."""
-        return await self._there().ask(self._backend.clear())
+        return await self._there().ask(self._when_ready(self._backend.clear))
 
     async def initialize(self) -> None:
         """`Backend.initialize`, for code on any event loop."""
-        await self._there().ask(self._backend.initialize())
+        await self._there().ask(self._when_ready(self._backend.initialize))

@@ -119,7 +119,11 @@ class SessionStore(Committer):
         """
         self.memory.open()
         if self._backend is not None:
-            self.behind.start()
+            try:
+                self.behind.open()
+            except ConfigError:
+                self.close()
+                raise
         return self
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from shmsession.asgi import SessionMiddleware as ASGIMiddleware
 from shmsession.backends import connect
 from shmsession.backends.base import SENTINEL, Answer, Row, State
 from shmsession.backends.sqlite import SQLiteBackend
-from shmsession.behind import Behind
+from shmsession.behind import OPEN_SECONDS, Behind
 from shmsession.errors import (
     BackendError,
     BackendUnavailable,
@@ -431,22 +431,60 @@ def test_a_load_that_comes_after_close_is_refused_and_starts_nothing(new_store: 
     assert saved(store, v=1).exists, "the store itself opens again"
 
 
-def test_a_backend_that_raises_its_own_errors_when_it_is_opened_is_a_store_error(new_store: NewStore) -> None:
-    """At the start, and for a request: which is a 503 then, and no traceback. A commit is kept."""
+def test_a_backend_that_cannot_be_opened_keeps_no_store_closed(
+    new_store: NewStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it raises: the server starts, a request that needs it is a 503, and a commit is kept. It is tried again
+    without a word from anybody."""
+    monkeypatch.setattr("shmsession.behind.REOPEN_SECONDS", 0.01)
     backend = MemoryBackend(labelled=False)
     backend.error = lambda call: OSError(f"{call}: no route, says the driver")
-    backend.fail("open", times=100)
-    store = new_store(backend)
+    backend.fail("open", times=1_000_000)
+    store = new_store(backend, flush_interval=SOON).open()
+    wait_for(lambda: "could not be opened: OSError" in caplog.text, "it says so")
     with pytest.raises(BackendError):
-        store.open()
-    with pytest.raises(BackendError):
-        store.session("A" * 43)
+        store.session(NOBODY)
     saved(store, v=1)
     assert store.stats().outbox == 1
     backend.heal()
-    store.memory.environment.backend_down_until = 0
-    assert store.sync.flush(PATIENCE)
+    wait_for(lambda: store.stats().outbox == 0, "it is sent")
     assert len(backend.sessions()) == 1
+    assert caplog.text.count("could not be opened") == 1
+
+
+def test_a_backend_whose_settings_cannot_work_stops_the_start(new_store: NewStore) -> None:
+    """Each time, as long as they are what they are; nothing is left running."""
+    before = threads()
+    backend = MemoryBackend(labelled=False)
+    backend.error = lambda call: ConfigError(f"{call}: the certificate is not there")
+    backend.fail("open", times=2)
+    store = new_store(backend)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="certificate"):
+            store.open()
+    wait_for(lambda: threads() <= before, "the threads have ended")
+    store.open()
+    saved(store, v=1)
+    assert store.sync.flush(PATIENCE)
+
+
+def test_a_backend_that_is_never_done_with_opening_is_unavailable_and_keeps_no_commit_waiting(
+    new_store: NewStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = time.monotonic()
+
+    class Stuck(MemoryBackend):
+        async def open(self) -> None:
+            await asyncio.Event().wait()
+
+    store = new_store(Stuck(labelled=False))
+    saved(store, v=1)
+    assert time.monotonic() - begin < OPEN_SECONDS / 2
+    store.close()
+    monkeypatch.setattr("shmsession.behind.OPEN_SECONDS", 0.05)
+    with pytest.raises(BackendUnavailable, match=r"in 0\.05 s"):
+        ending(lambda: store.session(NOBODY))
+    ending(store.close)
 
 
 class Refusing:

@@ -91,7 +91,8 @@ class Backend(Protocol):
     async def open(self) -> None:
         """Make ready to be asked. It may succeed though the database is down; then the first question fails.
 
-        In a child that was forked with it open, it makes new connections and leaves the parent's alone.
+        Raises ConfigError for settings that cannot work, which stops the server's start; after any other error it is
+        called again. In a child that was forked with it open, it makes new connections and leaves the parent's alone.
         """
         ...
 
