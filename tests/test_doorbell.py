@@ -14,6 +14,7 @@ from shmsession.memory import doorbell
 from shmsession.memory.doorbell import Doorbell
 from tests.backends import MemoryBackend
 from tests.kept import Kept, check_equal
+from tests.memory import Channel, Child
 from tests.servers import GTHREAD, PATIENCE, SYNC, Kind, Serve, Server, wait_for
 
 pytest_plugins = ["tests.hosts"]
@@ -44,6 +45,31 @@ def test_a_bell_that_was_removed_is_replaced_by_whoever_comes_next(bell: Doorbel
     bell.ring()
     assert bell.wait(30)
     bell.remove()
+    bell.remove()
+
+
+def test_who_waits_for_a_bell_that_another_process_removes_hears_the_next_one(bell: Doorbell) -> None:
+    """Processes come and go, and each takes the bell along: the one that flushes must not listen to a dead one."""
+
+    def wait_twice(channel: Channel) -> None:
+        whole = bell._open
+
+        def opened() -> object:
+            semaphore = whole()
+            channel.send("listens")
+            return semaphore
+
+        bell._open = opened  # type: ignore[method-assign]
+        channel.send(bell.wait(PATIENCE))
+        channel.send(bell.wait(PATIENCE))
+
+    with Child(wait_twice) as waiting:
+        assert waiting.channel.receive() == "listens"
+        bell.remove()
+        assert waiting.channel.receive() is True
+        assert waiting.channel.receive() == "listens"
+        bell.ring()
+        assert waiting.channel.receive() is True
     bell.remove()
 
 

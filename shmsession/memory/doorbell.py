@@ -66,9 +66,12 @@ class Doorbell:
             semaphore.close()
 
     def remove(self) -> None:
-        """Remove it from the system; whoever needs it makes a new one."""
+        """Remove it from the system; whoever needs it, or waits for it now, makes a new one."""
         if posix_ipc is not None:
             try:
-                posix_ipc.unlink_semaphore(self._name)
+                semaphore = posix_ipc.Semaphore(self._name)
+                semaphore.unlink()
+                semaphore.release()  # after it lost its name: who wakes finds the next one
+                semaphore.close()
             except (posix_ipc.Error, OSError):
                 return
