@@ -19,6 +19,7 @@ from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
 from .record import Record
 from .rows import Rows
+from .telling import Telling
 
 logger = logging.getLogger("shmsession")
 
@@ -56,6 +57,7 @@ class Behind:
         """Whether a candidate for the lease runs here."""
         self._loads: dict[bytes, asyncio.Task[Record | Missing]] = {}
         self._missing: dict[bytes, int] = {}
+        self._telling = Telling()
         self.pid = os.getpid()
         self._closed = False
 
@@ -82,15 +84,13 @@ class Behind:
         self._flushing = asyncio.create_task(self._flush())
 
     async def _flush(self) -> None:
-        told = ""
+        telling = Telling()
         while True:
             try:
                 await self._ready()
                 break
             except ShmSessionError as error:
-                if str(error) != told:
-                    told = str(error)
-                    logger.warning("this process does not flush its sessions yet: %s", told)
+                telling.tell(f"this process does not flush its sessions yet: {error}")
             await asyncio.sleep(REOPEN_SECONDS)
         await self._make_flusher().run()
 
@@ -137,7 +137,7 @@ class Behind:
         except Exception as error:  # a backend may be somebody else's code
             if limit.expired():
                 raise BackendUnavailable(f"{self._backend.name} could not be opened in {OPEN_SECONDS} s") from None
-            raise BackendError(f"{self._backend.name} could not be opened: {type(error).__name__}") from error
+            raise self._strange("could not be opened:", error) from error
 
     async def _when_ready(self, work: Callable[..., Awaitable[T]], *arguments: object) -> T:
         await self._ready()
@@ -210,7 +210,7 @@ class Behind:
             raise
         except Exception as error:  # a backend may be somebody else's code
             self._failed()
-            raise BackendError(f"{self._backend.name} failed with {type(error).__name__}") from error
+            raise self._strange("failed with", error) from error
         try:
             if row is None or row.state is not State.LIVE:
                 return self._note_missing(handle, missed)
@@ -242,6 +242,12 @@ class Behind:
         environment.counters.add("load_errors")
         if not is_down(environment, self._clock):
             environment.backend_down_until = self._clock.boot() + BACKOFF_MS[0]
+
+    def _strange(self, what: str, error: Exception) -> BackendError:
+        """An error of somebody else's code; where it comes from is logged, for nobody else will say it."""
+        message = f"{self._backend.name} {what} {type(error).__name__}"
+        self._telling.tell(message, error)
+        return BackendError(message)
 
     # ── waiting until the backend has it ──────────────────────────────────────────────────────────────────────
 

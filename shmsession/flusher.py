@@ -6,7 +6,6 @@ decides, and a commit is crossed off only if it is still the one that was sent.
 
 import asyncio
 import contextlib
-import logging
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -25,8 +24,7 @@ from .memory.store import MemoryStore
 from .record import NO_PLACE
 from .rows import Rows
 from .sentinel import Neighbour, Overtaken, Recall, Sentinel
-
-logger = logging.getLogger("shmsession")
+from .telling import Telling
 
 BATCH: Final = 500
 BATCH_BYTES: Final = 1 << 20
@@ -97,7 +95,7 @@ class Flusher:
         self._retired_to = b""
         self._bell = Doorbell(memory.environment.path)
         self._woken = asyncio.Event()
-        self._told = ""
+        self._telling = Telling()
         self._yields_until = 0
 
     # ── one candidate's life ──────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +112,7 @@ class Flusher:
                     try:
                         await self._attempt()
                     except ShmSessionError as error:  # the memory store itself
-                        self._tell(f"sessions wait to be flushed: {error}")
+                        self._telling.tell(f"sessions wait to be flushed: {error}")
                 await self._rest(heard)
         finally:
             self.holds_lease = False
@@ -136,7 +134,7 @@ class Flusher:
                     self._woken.set()
             except Exception as error:  # noqa: BLE001  # a candidate goes on, whatever fails
                 self.holds_lease = False
-                self._tell(f"the lease cannot be taken: {error}")
+                self._telling.tell(f"the lease cannot be taken: {error}")
             await asyncio.sleep(BEAT_MS / 1000)
 
     async def _rest(self, heard: int) -> None:
@@ -170,8 +168,7 @@ class Flusher:
         except Overtaken:
             return
         except Neighbour as error:
-            self._environment.counters.add("flush_errors")
-            self._tell(str(error))
+            self._refused(error)
         except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
             self._failed(error)
 
@@ -185,15 +182,15 @@ class Flusher:
             self._sentinel.initialized = False
             self._environment.backend_down_until = self._clock.boot() + int(delay * random.uniform(0.5, 1))  # noqa: S311
         self._environment.counters.add("flush_errors")
-        reason = str(error) if isinstance(error, ShmSessionError) else type(error).__name__
+        ours = isinstance(error, ShmSessionError)
+        reason = str(error) if ours else type(error).__name__
         self._hooks.emit(FlushFailed(reason))
-        self._tell(f"sessions wait to be flushed: {reason}")
+        self._telling.tell(f"sessions wait to be flushed: {reason}", None if ours else error)
 
-    def _tell(self, message: str) -> None:
-        """Log it once, not at every attempt."""
-        if message != self._told:
-            self._told = message
-            logger.warning("%s", message)
+    def _refused(self, error: Neighbour) -> None:
+        self._environment.counters.add("flush_errors")
+        if self._telling.tell(str(error)):  # not at every look: it may be there for ever
+            self._hooks.emit(FlushFailed(str(error)))
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -250,7 +247,7 @@ class Flusher:
                 except Overtaken:
                     return 0
                 except Neighbour as error:
-                    self._tell(str(error))
+                    self._refused(error)
                 except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
                     self._failed(error)
         return -1
@@ -336,7 +333,7 @@ class Flusher:
         if len(answers) != len(rows):
             raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
         self._failures = 0
-        self._told = ""
+        self._telling.forget()
         self._environment.backend_down_until = 0
         if sentinel:
             self._sentinel.look_at(answers[-1], *sentinel)

@@ -237,6 +237,21 @@ def test_no_answer_in_time_is_an_error(place: Path) -> None:
 # ── a broken database ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_where_a_load_that_failed_with_an_error_of_its_own_comes_from_is_logged_once(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The 503 names its type; what it says is nobody's business, for a password may be in it."""
+    host.backend.error = lambda _: ValueError("hunter2")
+    host.backend.fail("load", times=3)
+    part = behind(host)
+    for _ in range(3):
+        with pytest.raises(BackendError, match="ValueError"):
+            asyncio.run(part._load_once(A))
+    (record,) = caplog.records
+    assert "in load" in record.message
+    assert "hunter2" not in caplog.text
+
+
 def test_after_an_error_nobody_asks_for_a_moment(host: Host) -> None:
     """The word that it is down is shared by all processes, flushers included; then somebody tries again."""
     part = behind(host)
