@@ -160,7 +160,8 @@ class Flusher:
             finally:
                 with contextlib.suppress(ShmSessionError):  # it must hide neither an error nor a cancellation
                     self._cross_off()
-            await self._keep_house()
+            if self.holds_lease:
+                await self._keep_house()
             if self.holds_lease and self._outbox.ends() and not self._outbox.oldest(1):
                 self._yields_until = self._clock.boot() + 2 * BEAT_MS  # who has the Key is to have a chance
                 self.holds_lease = False

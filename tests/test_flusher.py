@@ -435,6 +435,22 @@ def test_the_backend_is_swept_once_a_minute_until_nothing_is_due(place: Path) ->
         assert SENTINEL not in host.backend.rows or host.backend.rows[SENTINEL].horizon == FOREVER
 
 
+def test_who_has_lost_the_lease_meanwhile_does_not_sweep(place: Path) -> None:
+    """Whoever has it now does."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        flusher = host.flusher()
+        whole = flusher.round
+
+        async def round_() -> int:
+            flusher.holds_lease = False
+            return await whole()
+
+        flusher.round = round_  # type: ignore[method-assign]
+        attempt(flusher)
+        assert "load" in host.backend.calls
+        assert "sweep" not in host.backend.calls
+
+
 # ── the answers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
