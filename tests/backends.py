@@ -234,7 +234,7 @@ class MemoryBackend:
             yield row.handle
 
     async def sessions_of(self, user: bytes) -> list[Row]:
-        return await self._called("sessions_of", lambda _: [row for row in self._live() if row.user == user])
+        return await self._called("sessions_of", lambda _: [row for row in self._live() if user and row.user == user])
 
     async def clear(self) -> int:
         def work(_: str) -> int:

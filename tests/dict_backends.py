@@ -93,7 +93,7 @@ class DictBackend:
 
     async def sessions_of(self, user: bytes) -> list[Row]:
         await asyncio.sleep(0)
-        return [row for row in list(self.rows.values()) if self.is_listed(row) and row.user == user]
+        return [row for row in list(self.rows.values()) if self.is_listed(row) and user and row.user == user]
 
     def cleared(self, row: Row) -> Row:
         return row._replace(state=State.DEAD, user=b"", body=b"")
@@ -344,6 +344,12 @@ class RemembersWhatItLoaded(DictBackend):
 
     async def initialize(self) -> None:
         self.rows.clear()
+
+
+@fails("nobody_is_the_user_of_anonymous_sessions")
+class ListsTheAnonymous(DictBackend):
+    async def sessions_of(self, user: bytes) -> list[Row]:
+        return [row for row in self.rows.values() if self.is_listed(row) and row.user == user]
 
 
 @fails("a_user_may_have_many_sessions")

@@ -808,11 +808,6 @@ def test_a_job_that_nobody_waits_for_any_more_is_not_begun_and_one_that_has_begu
     assert complaints == []
 
 
-def test_anonymous_rows_are_nobodys(path: Path) -> None:
-    store(path, live(1, LATER), live(2, LATER, user=user_of(1)))
-    assert using(path, lambda backend: backend.sessions_of(b"")) == []
-
-
 def test_a_batch_of_any_size_is_one_transaction(path: Path) -> None:
     """More rows than a statement takes values."""
 

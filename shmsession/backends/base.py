@@ -133,7 +133,7 @@ class Backend(Protocol):
         ...
 
     async def sessions_of(self, user: bytes) -> list[Row]:
-        """The LIVE rows of a user."""
+        """The LIVE rows of a user; none for b"", for nobody is the user of anonymous sessions."""
         ...
 
     async def clear(self) -> int:

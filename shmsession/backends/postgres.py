@@ -215,6 +215,8 @@ class PostgresBackend:
 
     async def sessions_of(self, user: bytes) -> list[Row]:
         """The LIVE rows of a user."""
+        if not user:
+            return []
         return [_row(row) for row in await self._ask(_SESSIONS_OF, [user, SENTINEL])]
 
     async def clear(self) -> int:

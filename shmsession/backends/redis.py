@@ -168,6 +168,8 @@ class RedisBackend:
 
     async def sessions_of(self, user: bytes) -> list[Row]:
         """Each row that is listed for the user, if it is there, LIVE and the user's."""
+        if not user:
+            return []
         key = self._user_key(user)
         rows: list[Row] = []
         dead: list[tuple[bytes, bytes, int]] = []

@@ -123,7 +123,7 @@ class SQLiteBackend:
                 yield last
 
     async def sessions_of(self, user: bytes) -> list[Row]:
-        """See Backend. Nobody is the user of anonymous sessions."""
+        """See Backend."""
         if not user:
             return []
         return [_row(found) for found in await self._ask(self._fetch, self._sql.of_user, user)]

@@ -259,6 +259,12 @@ class _Listings(Case):
         assert sorted(await one.sessions_of(user_of(2))) == sorted(others)
 
     @scenario
+    async def test_nobody_is_the_user_of_anonymous_sessions(self, one: Backend) -> None:
+        """Asked for the sessions of no user it lists none: whoever revokes them must not end everybody's."""
+        await one.write([live(1, self.later), live(2, self.later, user=user_of(1))])
+        assert await one.sessions_of(b"") == []
+
+    @scenario
     async def test_count_and_handles_are_of_the_live_rows_each_once(self, one: Backend) -> None:
         """Over more rows than a backend is likely to read at once."""
         states = {n: State(n % 7 % 3 + 1) for n in range(2500)}
