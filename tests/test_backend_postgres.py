@@ -439,15 +439,19 @@ async def test_a_database_of_stricter_isolation_changes_nothing(
 # ── the schema ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    ("version", "says"), [(SCHEMA + 1, "upgrade shmsession"), (SCHEMA - 1, "choose others by table=")]
+)
 @asynchronous
-async def test_tables_of_a_newer_version_are_refused(
-    postgres: PostgresServer, postgres_database: str, url: str
+async def test_tables_of_another_version_are_refused(
+    postgres: PostgresServer, postgres_database: str, url: str, version: int, says: str
 ) -> None:
     async with opened(url) as backend:
-        postgres.run(f"UPDATE shmsession_meta SET version = {SCHEMA + 1}", postgres_database)
+        postgres.run(f"UPDATE shmsession_meta SET version = {version}", postgres_database)
         error = await fails(backend.initialize(), BackendError)
-        assert f"version {SCHEMA + 1}" in str(error)
-        assert "upgrade" in str(error)
+        assert "shmsession of postgresql://" in str(error)
+        assert f"have schema {version}, this version of shmsession knows {SCHEMA}: " in str(error)
+        assert str(error).endswith(says)
 
 
 @asynchronous

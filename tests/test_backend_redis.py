@@ -1022,17 +1022,18 @@ def test_rows_that_others_change_all_the_while_are_given_up(
 # ── schema, settings and their documentation ──────────────────────────────────────────────────────────────────
 
 
-def test_the_schema_is_noted_once_and_a_newer_one_is_refused(redis_server: RedisServer) -> None:
+def test_the_schema_is_noted_once_and_another_one_is_refused(redis_server: RedisServer) -> None:
     async def play() -> None:
         async with opened(redis_server.url) as one, opened(redis_server.url) as two:
             await asyncio.gather(one.initialize(), two.initialize())
             with looking(redis_server) as client:
                 assert client.get("shmsession:schema") == b"%d" % module.SCHEMA
                 assert client.ttl("shmsession:schema") == -1
-                client.set("shmsession:schema", module.SCHEMA + 1)
-                with pytest.raises(BackendError, match=r"made by a newer shmsession.*upgrade it"):
-                    await one.initialize()
-                assert client.get("shmsession:schema") == b"%d" % (module.SCHEMA + 1)
+                for version, says in ((module.SCHEMA + 1, "upgrade shmsession"), (module.SCHEMA - 1, "by prefix=")):
+                    client.set("shmsession:schema", version)
+                    with pytest.raises(BackendError, match=f"have schema {version}, .*{says}"):
+                        await one.initialize()
+                    assert client.get("shmsession:schema") == b"%d" % version
                 client.set("shmsession:schema", "another program's")
                 with pytest.raises(BackendError, match="not ours: choose another prefix="):
                     await one.initialize()

@@ -590,13 +590,16 @@ def test_a_file_that_is_removed_while_it_is_open_is_an_error_and_a_new_one_is_no
 # ── the schema ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_newer_schema_is_refused_by_everything_and_left_alone(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "says"), [(SCHEMA + 1, "upgrade shmsession"), (SCHEMA - 1, "remove them, or choose others by table=")]
+)
+def test_another_versions_schema_is_refused_by_everything_and_left_alone(path: Path, version: int, says: str) -> None:
     store(path, live(1, LATER))
-    raw(path, f"UPDATE shmsession_schema SET version = {SCHEMA + 1}")
+    raw(path, f"UPDATE shmsession_schema SET version = {version}")
     for make in (False, True):
         said = refusal(path, make=make)
-        assert f"have schema {SCHEMA + 1}, this version of shmsession knows {SCHEMA}: upgrade shmsession" in said
-    assert raw(path, "SELECT version FROM shmsession_schema") == [(SCHEMA + 1,)]
+        assert f"have schema {version}, this version of shmsession knows {SCHEMA}: {says}" in said
+    assert raw(path, "SELECT version FROM shmsession_schema") == [(version,)]
     raw(path, f"UPDATE shmsession_schema SET version = {SCHEMA}")
     assert using(path, lambda backend: backend.count()) == 1
 

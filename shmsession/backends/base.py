@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple, Protocol
 
+from shmsession.errors import BackendError
+
 SENTINEL: Final = bytes(20)
 """The handle of the one row that is no session: whose tables these are. Counts and listings leave it out."""
 FOREVER: Final = 2**53 - 1
@@ -73,6 +75,13 @@ def wins(row: Row, before: Mark | None) -> bool:
     return before.state is not _DEAD and row[2:4] > before[1:]  # (epoch, version)
 
 
+def check_schema(tables: str, version: int, known: int, option: str) -> None:
+    """Raises BackendError when the version of these tables is not the known one; by `option` others are chosen."""
+    if version != known:
+        todo = "upgrade shmsession" if version > known else f"remove them, or choose others by {option}="
+        raise BackendError(f"{tables} have schema {version}, this version of shmsession knows {known}: {todo}")
+
+
 class Backend(Protocol):
     """A database of rows by handle. All methods of one object are called on one event loop.
 
@@ -103,7 +112,7 @@ class Backend(Protocol):
     async def initialize(self) -> None:
         """Make or migrate the schema. Again, or by several at once, it changes nothing. Needs `open`.
 
-        Raises BackendError for a schema that a newer version of this program made.
+        Raises BackendError for a schema that it does not know, such as one that a newer version of this program made.
         """
         ...
 

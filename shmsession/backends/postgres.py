@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from shmsession.errors import BackendError, ConfigError
 
-from .base import SENTINEL, STATES, Answer, Mark, Row, State, wins
+from .base import SENTINEL, STATES, Answer, Mark, Row, State, check_schema, wins
 from .postgres_array import of_bytes, of_int2, of_int8
 from .postgres_pool import BUSY, Connection, Pool, checked, name_of
 
@@ -169,11 +169,7 @@ class PostgresBackend:
             return None
         row = await (await connection.execute(self._sql("SELECT version FROM {meta}"))).fetchone()
         version = int(row[0]) if row else 0
-        if version != SCHEMA:
-            raise BackendError(
-                f"{self.name} holds {self._table} in version {version}, and this program knows version {SCHEMA}: "
-                "upgrade the program, or choose another name by `table=`."
-            )
+        check_schema(f"the tables {self._table} of {self.name}", version, SCHEMA, "table")
         return version
 
     # Rows.

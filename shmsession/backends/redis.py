@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
-from .base import SENTINEL, STATES, Answer, Mark, Row, State
+from .base import SENTINEL, STATES, Answer, Mark, Row, State, check_schema
 from .redis_client import Client, Command, parsed
 from .redis_scripts import APPLIED, HEAD, KILL, LIST, UNLIST, UNLISTED, WRITE, packed, unpacked
 
@@ -76,10 +76,7 @@ class RedisBackend:
             _, found = await self._client.ask(("SET", key, SCHEMA, "NX"), ("GET", key))
         if not (found or b"").isdigit():
             raise BackendError(f"{self.name}: {key} is not ours: choose another prefix=")
-        if int(found) > SCHEMA:
-            raise BackendError(
-                f"{self.name} has schema {int(found)}, made by a newer shmsession; this one knows {SCHEMA}: upgrade it"
-            )
+        check_schema(f"the keys {self.prefix}:… of {self.name}", int(found), SCHEMA, "prefix")
         for warning in await self._worries():
             if warning not in self._warned:
                 self._warned.add(warning)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from shmsession.errors import BackendError
 
-from .base import SENTINEL, State
+from .base import SENTINEL, State, check_schema
 from .native import NativeThread
 
 T = TypeVar("T")
@@ -136,15 +136,11 @@ class File:
 
 
 def schema_of(db: sqlite3.Connection, sql: Statements, path: Path) -> int | None:
-    """The version of the tables, None when there are none. Raises BackendError for a newer one than ours."""
+    """The version of the tables, None when there are none. Raises BackendError for one that is not ours."""
     if db.execute(sql.is_made).fetchone() is None:
         return None
     (version,) = db.execute(sql.schema).fetchone()
-    if version > SCHEMA:
-        raise BackendError(
-            f"the tables {sql.table} in {path} have schema {version}, this version of shmsession knows {SCHEMA}: "
-            "upgrade shmsession"
-        )
+    check_schema(f"the tables {sql.table} in {path}", version, SCHEMA, "table")
     return int(version)
 
 
