@@ -1,16 +1,19 @@
 """The outbox: what waits for the backend, in which order, and what takes it out or puts it back."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from shmsession.backends.base import State
 from shmsession.memory.outbox import CHUNK, Dirty
 from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import Missing
 from shmsession.memory.tables import Tables, Txn, sequence_key
 from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, Changes, Record
-from tests.backends import Host, run, sets
+from shmsession.sentinel import Overtaken
+from tests.backends import Host, Running, run, sets
 from tests.memory import HOUR, check_tables, handle, header_of, put_raw, spoilt, waiting
 
 A, B, C = handle(1), handle(2), handle(3)
@@ -57,6 +60,77 @@ def test_no_place_is_given_out_twice(host: Host) -> None:
         assert newest.record.place not in seen
         seen.add(newest.record.place)
         host.memory.outbox.acknowledge([newest], host.memory.outbox.losses())
+
+
+def test_its_age_is_known_again_when_the_clock_has_leapt_and_come_back(host: Host) -> None:
+    """A month ahead and back: from the first commit after all was sent, not a month later."""
+    outbox = host.memory.outbox
+    host.create(A)
+    host.clock.step(30 * 86_400)
+    host.create(B)
+    host.clock.step(-30 * 86_400)
+    host.create(C)
+    assert waiting(host.memory) == [A, B, C], "what waits keeps its order"
+    host.flush()
+    host.clock.advance(1)
+    host.create(handle(4))
+    host.clock.advance(3)
+    host.create(handle(5))
+    assert (waiting(host.memory), outbox.age()) == ([handle(4), handle(5)], 3000)
+
+
+def test_a_place_that_is_given_out_again_after_a_leap_is_not_taken_for_what_it_was(host: Host) -> None:
+    """Who was sent from there waits no more; and whoever hears late that the backend has it crosses nobody off."""
+    outbox, losses = host.memory.outbox, host.memory.outbox.losses()
+    host.create(A, v=1)
+    host.create(B, v=1)
+    sent = outbox.oldest(9)
+    places = [dirty.record.place for dirty in sent]
+    host.clock.step(30 * 86_400)
+    host.create(C)
+    outbox.acknowledge(outbox.oldest(9), losses)
+    host.clock.step(-30 * 86_400)
+    host.create(handle(4))
+    host.update(A, v=2)
+    assert [dirty.record.place for dirty in outbox.oldest(9)] == places
+    assert not outbox.holds(B)
+    outbox.acknowledge(sent, losses)
+    assert waiting(host.memory) == [handle(4), A]
+    host.update(B, v=2)
+    assert waiting(host.memory) == [handle(4), A, B]
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("steps", range(10))
+def test_a_session_renewed_after_a_leap_while_batches_are_read_is_never_alive_twice(host: Host, steps: int) -> None:
+    """Its end and its new row are both in front of what the flusher reads, or both behind it."""
+    host.create(A)
+    host.flush()
+    host.clock.step(30 * 86_400)
+    for n in range(20, 25):
+        host.create(handle(n))
+    host.clock.step(-30 * 86_400)
+    running = Running(host.flusher().round())
+    for _ in range(steps):
+        if not running.done:
+            running.step()
+    host.flush()
+    host.renew(A, B)
+    host.backend.watch = lambda *_: never_both(host)
+    with contextlib.suppress(Overtaken):
+        running.finish()
+    host.flush()
+    host.agrees()
+
+
+def never_both(host: Host) -> None:
+    assert {host.backend.state(A), host.backend.state(B)} != {State.LIVE}, "both are alive"
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one row, the next one read before this one is sent."""
+    monkeypatch.setattr("shmsession.flusher.BATCH", 1)
 
 
 def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:

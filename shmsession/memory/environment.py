@@ -24,13 +24,15 @@ from shmsession.errors import StoreError, StoreFull, UnsafeStore
 from . import place
 from .building import STORE_FORMAT, Building, identity, open_lmdb, set_epoch
 from .counters import Counters
-from .tables import NAMES, YEAR_MS, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
+from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
 T = TypeVar("T")
 
 LOOK_SECONDS: Final = 1.0
 READER_CHECK_LOOKS: Final = 3
 ATTEMPTS: Final = 20
+LEAP_MS: Final = 60_000
+"""A place of the outbox so far in the future says that the wall clock had leapt."""
 _ATTACHED_BYTES: Final = 40
 
 _STRUCTURAL: Final = (
@@ -201,10 +203,14 @@ class Environment:
         words[3] = (words[3] + 1) % (1 << 64)
 
     def take_place(self, txn: Txn, tables: Tables, handle: bytes, now: int) -> bytes:
-        """Give a session a place in the outbox behind all that were ever given out, within a write transaction."""
+        """Give a session a place in the outbox behind all that wait, and nearly always behind all that ever did.
+
+        When the wall clock had leapt ahead, numbers begin again behind the last that waits: else the age of what waits
+        could not be told for as long as the leap was. Within a write transaction.
+        """
         words = (self._opened or self.open()).words
         last: int = words[4]
-        if not last or sequence_moment(last) > now + YEAR_MS:  # it was lost, or damaged
+        if not last or sequence_moment(last) > now + LEAP_MS:  # or it was lost, or damaged
             last = last_place(txn, tables, now)
         while not txn.put(place := sequence_key(sequence_after(last, now)), handle, db=tables.outbox, overwrite=False):
             last = max(sequence_after(last, now), last_place(txn, tables, now))
