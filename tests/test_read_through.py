@@ -222,6 +222,28 @@ def test_an_answer_too_old_to_be_believed_is_an_error(place: Path) -> None:
         assert host.memory.environment.get(A) is None
 
 
+def test_a_session_that_was_asked_for_before_the_backend_forgot_it_is_sent_again(host: Host) -> None:
+    """All that was in memory had been sent again by the time the answer came, and brought one more."""
+    send_and_forget(host, v=1)
+    host.create(B)
+    host.flush()
+    answer = host.backend.load
+
+    async def load(handle: bytes) -> Row | None:
+        row = await answer(handle)
+        if handle == A:
+            host.backend.forget()
+            host.flush()
+        return row
+
+    host.backend.load = load  # type: ignore[method-assign]
+    assert values_in(asyncio.run(behind(host)._load_once(A))) == {"v": 1}
+    assert list(host.backend.sessions()) == [B]
+    assert waiting(host.memory) == [A]
+    host.flush()
+    host.agrees()
+
+
 def test_no_answer_in_time_is_an_error(place: Path) -> None:
     with Host(place, backend := SlowBackend()) as host:
 

@@ -327,6 +327,24 @@ def test_what_was_read_before_the_backend_fell_back_is_not_sent_after(host: Host
     host.agrees()
 
 
+@pytest.mark.usefixtures("pairs")
+def test_the_dead_that_a_backend_forgot_go_in_front_of_all_that_waits(host: Host) -> None:
+    """The new row of a renewed session has waited since before the backend fell back to a state in which the old one
+    lives, and more than a batch waits behind it: the end of the old one goes first all the same."""
+    host.create(A)
+    host.flush()
+    snapshot = host.backend.snapshot()
+    host.renew(A, B)
+    host.flush()
+    host.update(B, v=1)
+    for n in range(20, 23):
+        host.create(handle(n))
+    host.backend.restore(snapshot)
+    host.backend.watch = lambda *_: never_both(host, A, B)
+    host.flush()
+    host.agrees()
+
+
 @pytest.mark.parametrize("step", [0, -100], ids=["", "the clock steps back"])
 @pytest.mark.parametrize("losses", [1, 2], ids=["one loss before", "two losses before"])
 @pytest.mark.parametrize("new", [False, True], ids=["it goes on", "a new one"])
