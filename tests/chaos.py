@@ -16,11 +16,11 @@ import string
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 
 from shmsession import Key, SessionConfig, SessionStore
 from shmsession.ids import new_id
@@ -59,7 +59,7 @@ class Event:
 
 @dataclass
 class Account:
-    """All events, in the order in which they began, and what befell the servers."""
+    """All events, in the order in which they began, what befell the servers, and what was found broken meanwhile."""
 
     events: list[Event] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
@@ -76,6 +76,8 @@ class Account:
                 out.write(json.dumps(asdict(event)) + "\n")
             for moment, fault in self.faults:
                 out.write(json.dumps({"at": moment, "fault": fault}) + "\n")
+            for wrong in self.wrong:
+                out.write(json.dumps({"wrong": wrong}) + "\n")
 
 
 class Visitor:
@@ -110,8 +112,11 @@ class Visitor:
         return event
 
     def run(self, stop: threading.Event) -> None:
-        while not stop.is_set():
-            self.random.choice((self.count, self.count, self.assign, self.look, self.log_in_or_out, self.intrude))()
+        try:
+            while not stop.is_set():
+                self.random.choice((self.count, self.count, self.assign, self.look, self.log_in_or_out, self.intrude))()
+        except Exception as error:  # noqa: BLE001  # whatever was answered, a visitor who cannot go on was wronged
+            self.account.wrong.append(f"visitor {self.number} died of {error!r}")
 
     def count(self) -> None:
         self.ask("GET", "/hit")
@@ -172,82 +177,99 @@ class Forger:
         return {"none": {}} | {kind: {COOKIE: value} for kind, value in values.items()}
 
 
+class Fault(NamedTuple):
+    """What befalls whom next: a worker, of those there are then, at `place` from 0 to 1; for so many seconds, where it
+    lasts; then visitors make so many requests. `of` draws all of it from the seed, whatever is there to be hurt."""
+
+    name: str
+    place: float
+    seconds: float
+    requests: int
+
+    @classmethod
+    def of(cls, seed: int, number: int, names: Iterable[str]) -> Self:
+        random = Random(f"{seed}:{number}")
+        return cls(random.choice(sorted(names)), random.random(), random.uniform(0.05, 2.0), random.randrange(10, 200))
+
+
 class Nemesis:
     """What befalls servers and databases."""
 
-    def __init__(self, server: Server, kept: Kept | None, account: Account, random: Random) -> None:
+    def __init__(self, server: Server, kept: Kept | None, account: Account, seed: int) -> None:
         self._server = server
         self._kept = kept
         self._account = account
-        self._random = random
+        self._seed = seed
         self._store = server.store()
-        self.actions: dict[str, Callable[[], None]] = {"kill": self.kill_worker, "stop": self.stop_worker}
+        self.actions: dict[str, Callable[[Fault], None]] = {"kill": self.kill_worker, "stop": self.stop_worker}
         if kept is not None:
             self.actions["flusher"] = self.kill_flusher
             self.actions["freeze-flusher"] = self.stop_flusher
             if kept.server is not None:
                 self.actions |= {"crash": self.crash_database, "freeze": self.freeze_database}
 
-    def strike(self) -> None:
+    def strike(self) -> Fault:
         """Do the next thing."""
-        name = self._random.choice(sorted(self.actions))
-        self._account.faults.append((time.monotonic(), name))
-        self.actions[name]()
+        fault = Fault.of(self._seed, len(self._account.faults), self.actions)
+        self._account.faults.append((time.monotonic(), fault.name))
+        self.actions[fault.name](fault)
+        return fault
 
-    def _pause(self) -> None:
-        time.sleep(self._random.uniform(0.05, 2.0))  # how long a fault lasts, not a wait for anything
+    def _pause(self, fault: Fault) -> None:
+        time.sleep(fault.seconds)  # how long a fault lasts, not a wait for anything
 
     def _tell(self, pid: int, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    def _worker(self) -> int:
+    def _worker(self, fault: Fault) -> int:
         wait_for(self._server.worker_pids, "there is a worker")
-        return self._random.choice(self._server.worker_pids() or [0])
+        pids = sorted(self._server.worker_pids()) or [0]
+        return pids[int(fault.place * len(pids))]
 
-    def kill_worker(self) -> None:
-        pid = self._worker()
+    def kill_worker(self, fault: Fault) -> None:
+        pid = self._worker(fault)
         if pid:
             self._tell(pid, signal.SIGKILL)
 
-    def stop_worker(self) -> None:
-        self._stop(self._worker())
+    def stop_worker(self, fault: Fault) -> None:
+        self._stop(self._worker(fault), fault)
 
-    def _stop(self, pid: int) -> None:
+    def _stop(self, pid: int, fault: Fault) -> None:
         if pid:
             self._tell(pid, signal.SIGSTOP)
-            self._pause()
+            self._pause(fault)
             self._tell(pid, signal.SIGCONT)
 
     def _flusher(self) -> int:
         pid = lease_holder(self._store)
         return pid if pid in self._server.worker_pids() else 0
 
-    def kill_flusher(self) -> None:
+    def kill_flusher(self, _: Fault) -> None:
         pid = self._flusher()
         if pid:
             self._tell(pid, signal.SIGKILL)
 
-    def stop_flusher(self) -> None:
-        self._stop(self._flusher())
+    def stop_flusher(self, fault: Fault) -> None:
+        self._stop(self._flusher(), fault)
 
-    def crash_database(self) -> None:
+    def crash_database(self, fault: Fault) -> None:
         assert self._kept is not None
         self._kept.server.kill()
-        self._pause()
+        self._pause(fault)
         self._kept.server.start()
 
-    def freeze_database(self) -> None:
+    def freeze_database(self, fault: Fault) -> None:
         assert self._kept is not None
         self._kept.server.freeze()
-        self._pause()
+        self._pause(fault)
         self._kept.server.thaw()
 
 
 @contextlib.contextmanager
-def visitors(server: Server, account: Account, random: Random) -> Iterator[list[Visitor]]:
+def visitors(server: Server, account: Account, seed: int) -> Iterator[list[Visitor]]:
     """Visitors at work."""
-    people = [Visitor(number, server, account, Random(random.random())) for number in range(VISITORS)]
+    people = [Visitor(number, server, account, Random(f"{seed}:visitor {number}")) for number in range(VISITORS)]
     stop = threading.Event()
     threads = [threading.Thread(target=person.run, args=(stop,)) for person in people]
     for thread in threads:
@@ -350,31 +372,36 @@ def explained(account: Account) -> tuple[int, int]:
 
 def run(kind: Kind, backend: str | None, seed: int, seconds: float, place: Path) -> dict[str, Any]:
     """One run; returns its figures. Raises AssertionError with what was broken; the account is then in `place`."""
-    random, account = Random(seed), Account()
+    account = Account()
+    try:
+        return _run(kind, backend, seed, seconds, place, account)
+    except BaseException:  # whatever ended it, and be it whoever watches; it goes on
+        account.write(place / "account")
+        raise
+
+
+def _run(kind: Kind, backend: str | None, seed: int, seconds: float, place: Path, account: Account) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(Kept(backend, place)) if backend else None
         env = {"SHMSESSION_BACKEND": kept.url} if kept else {}
         server = stack.enter_context(Server(kind, place, env=env, may_fail=True))
-        nemesis = Nemesis(server, kept, account, random)
+        nemesis = Nemesis(server, kept, account, seed)
         watch = stack.enter_context(Watch(kept)) if kept else None
-        with visitors(server, account, random) as people:
+        with visitors(server, account, seed) as people:
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                nemesis.strike()
-                done = len(account.events) + random.randrange(10, 200)
-                wait_for(lambda done=done: len(account.events) > done, "visitors go on")  # type: ignore[misc]
+            while time.monotonic() < end and not account.wrong:
+                done = nemesis.strike().requests + len(account.events)
+                wait_for(lambda done=done: account.wrong or len(account.events) > done, "visitors go on")  # type: ignore[misc]
         for person in people:
             if not person.look().acknowledged:
                 account.wrong.append(f"at the end visitor {person.number} is not answered")
         store = server.store()
-        wrong = check(account, store.count())
+        account.wrong = check(account, store.count())
+        assert account.wrong == [], account.wrong[:10]
         if kept is not None:
             check_equal(store, kept)
         if watch is not None:
-            wrong += watch.backwards
-        if wrong:
-            account.write(place / "account")
-        assert wrong == [], wrong[:10]
+            assert watch.backwards == [], watch.backwards[:10]
         totals = store.stats().counters
         answered = sum(event.acknowledged for event in account.events)
         unavailable = sum(event.status == 503 for event in account.events)
@@ -404,9 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"chaos: {backend} under {kind}, seed {options.seed}, {options.seconds:g} s", flush=True)
         try:
             figures = run(kind, None if backend == "none" else backend, options.seed, options.seconds, place)
-        except AssertionError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is: the next backend is tried all the same
             failed = True
-            print(f"BROKEN: {error}\nThe account is in {place}/account.", flush=True)
+            print(f"BROKEN: {error!r}\nThe account is in {place}/account.", flush=True)
         else:
             print("  " + ", ".join(f"{name}={value}" for name, value in figures.items()), flush=True)
             shutil.rmtree(place)

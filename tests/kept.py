@@ -102,6 +102,7 @@ def check_equal(store: SessionStore, kept: Kept) -> int:
         if record.header.flags & STORABLE and not record.header.flags & TOMBSTONE
     }
     rows = Rows()
+    assert set(live) - set(there) == set(), "what memory has and sent is not behind it"
     for handle, record in live.items():
         header, data = rows.session_in(there[handle])
         assert header == record.header._replace(key_id=header.key_id)

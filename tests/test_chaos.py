@@ -4,7 +4,7 @@ And what it holds an account against: each promise that was broken is noticed, a
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -24,6 +24,57 @@ def test_whatever_befalls_workers_and_databases_the_promises_hold(place: Path, b
     assert figures["acknowledged"] > 0
     assert figures["faults"] > 0
     report(f"chaos {backend}", **figures)
+
+
+# ── a run can be read, and repeated ────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_seed_alone_says_what_befalls_whom() -> None:
+    """Whatever is there to be hurt: another number of workers, or none, changes nothing of what comes after."""
+    names = ["crash", "flusher", "freeze", "kill", "stop"]
+    faults = [chaos.Fault.of(7, number, names) for number in range(200)]
+    assert faults == [chaos.Fault.of(7, number, reversed(names)) for number in range(200)]
+    assert {fault.name for fault in faults} == set(names)
+    assert len(set(faults)) == 200
+    assert faults != [chaos.Fault.of(8, number, names) for number in range(200)]
+
+
+class Struck(chaos.Nemesis):
+    """One that hurts nobody."""
+
+    def __init__(self, account: Account, seed: int) -> None:
+        self._account, self._seed = account, seed
+        self.suffered: list[chaos.Fault] = []
+        self.actions = dict.fromkeys(["kill", "stop"], self.suffered.append)
+
+
+def test_faults_come_in_the_order_of_the_seed() -> None:
+    account = Account()
+    nemesis = Struck(account, 7)
+    struck = [nemesis.strike() for _ in range(20)]
+    assert struck == nemesis.suffered == [chaos.Fault.of(7, number, nemesis.actions) for number in range(20)]
+    assert [name for _, name in account.faults] == [fault.name for fault in struck]
+
+
+@pytest.mark.parametrize("why", ["a visitor dies", "rows differ"])
+def test_whatever_ends_a_run_leaves_an_account(place: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """A visitor who meets what nobody thought of is a violation, and not a silence."""
+
+    def broken(*_: object) -> NoReturn:
+        raise RuntimeError("by order")
+
+    if why == "a visitor dies":
+        monkeypatch.setattr(chaos.Visitor, "count", broken)
+        says: tuple[type[Exception], str] = AssertionError, "died of RuntimeError"
+    else:
+        monkeypatch.setattr(chaos, "check_equal", broken)
+        says = RuntimeError, "by order"
+    with pytest.raises(says[0], match=says[1]):
+        chaos.run(GTHREAD, "sqlite", SEED, 0.1, place)
+    account = (place / "account").read_text()
+    assert '"visitor": ' in account
+    assert '"fault": ' in account or why == "a visitor dies"
+    assert ("died of RuntimeError" in account) == (why == "a visitor dies")
 
 
 # ── what is checked can fail ───────────────────────────────────────────────────────────────────────────────────
