@@ -143,6 +143,7 @@ class Watch:
         self.seen[row.handle] = now
 
     def __enter__(self) -> Self:
+        self._kept.ask(lambda backend: backend.initialize())  # the server's own may not have come to it
         if self._kept.name == "sqlite":
             watch_sqlite(self._kept.file)
         self._thread.start()

@@ -125,8 +125,7 @@ def test_a_bell_that_a_killed_process_left_is_heard_like_a_new_one_and_falls_sil
 ) -> None:
     """Whatever it was left at: each commit that somebody waits for is sent at once, and nobody rings for ever."""
     store, bell = slow_store, Doorbell(slow_store.path)
-    if not bell.works:
-        return
+    assert bell.works, "this Python has no posix_ipc"
     died = subprocess.run([sys.executable, "-c", LEAVE, bell._name, str(rings)], check=False)
     assert died.returncode == -signal.SIGKILL
     assert value(bell) == rings

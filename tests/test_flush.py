@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from shmsession import SessionStore
+from shmsession.backends import Row, State
 from tests.figures import SOAKING, report, rng, size
 from tests.kept import BACKENDS, Kept, Watch, check_equal, lease_holder, wait_for_empty_outbox
 from tests.proxy import Proxy
@@ -88,6 +90,22 @@ def test_every_commit_reaches_the_backend_though_flushers_and_the_database_are_k
     )  # fmt: skip
 
 
+def test_a_step_back_is_seen_by_whoever_watches(kept: Kept) -> None:
+    """Also from the first row on: the tables need not be there yet."""
+    with Watch(kept) as watch:
+        watch._note(Row(bytes(19) + b"1", State.LIVE, 1, 2, 0))
+        watch._note(Row(bytes(19) + b"1", State.LIVE, 1, 1, 0))
+        wait_for(lambda: watch.looks > 0, "it looks")
+        if kept.name == "sqlite":
+            row = Row(bytes(19) + b"2", State.LIVE, 1, 2, 2**40)
+            kept.ask(lambda backend: backend.write([row]))
+            with contextlib.closing(sqlite3.connect(kept.file)) as file:
+                file.execute("UPDATE shmsession SET version = 3")
+                with pytest.raises(sqlite3.IntegrityError, match="went back"):
+                    file.execute("UPDATE shmsession SET version = 1")
+    assert len(watch.backwards) == 1
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kept", ["redis"], indirect=True)
 def test_a_redis_that_forgets_everything_is_recognised_and_filled_again(serve: Serve, kept: Kept) -> None:
@@ -127,7 +145,7 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
         wait_for(lambda: store.stats().counters["rows"] or server.browser().post("/create"), "a worker flushes")
         with Watch(kept) as watch, load(server) as clients:
             proxy.harm = 0.2
-            while answers(clients) < commits or sum(proxy.done.values()) < size(200, 20):
+            while answers(clients) < commits or sum(proxy.done.values()) < size(200, 20) or 0 in proxy.done.values():
                 seen = answers(clients), sum(proxy.done.values())
                 wait_for(
                     lambda seen=seen: answers(clients) > seen[0] and sum(proxy.done.values()) > seen[1],  # type: ignore[misc]
@@ -136,6 +154,8 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
             proxy.harm = 0.0
         sessions = check_equal(store, kept)
     assert watch.backwards == []
+    assert watch.looks > 0
+    assert all(proxy.done.values()), "a kind of harm that never came shows nothing"
     report(
         f"commit-unknown {kept.name}", commits=answers(clients), sessions=sessions,
         errors=store.stats().counters["flush_errors"], **proxy.done, lost=0, backwards=0,

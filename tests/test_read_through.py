@@ -606,8 +606,7 @@ def test_a_process_that_ends_silences_nobodys_bell(host: Host) -> None:
     """Workers come and go: those that stay go on hearing those that come."""
     path = host.memory.environment.path
     staying = Doorbell(path)
-    if not staying.works:
-        return
+    assert staying.works, "this Python has no posix_ipc"
     part = behind(host)
     part.start()
     part.close()
