@@ -83,6 +83,13 @@ def test_libpq_hears_of_a_url_what_is_libpqs(url: str, libpq: str) -> None:
     assert repr(backend).endswith(", other>" if "min_size" in url else ", shop>")
 
 
+def test_what_the_url_says_to_libpq_is_not_changed_by_an_option() -> None:
+    """Whoever runs the application can say by variable what its code says otherwise."""
+    backend: Any = connect("postgresql://h/app?sslmode=verify-full", sslmode="disable", host="other", user="ada")
+    found = conninfo_to_dict(backend._conninfo)
+    assert (found["sslmode"], found["host"], found["user"]) == ("verify-full", "h", "ada")
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [

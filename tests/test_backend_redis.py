@@ -1115,6 +1115,7 @@ def test_a_server_that_knows_only_the_old_protocol_will_do() -> None:
 
 
 def test_tls_is_spoken_and_a_stranger_is_refused(tmp_path: Path) -> None:
+    """One whom nobody trusts, and one who is trusted under another name."""
     certificate = self_signed(tmp_path)
     options = ["--tls-cert-file", f"{certificate}", "--tls-key-file", f"{tmp_path}/key", "--tls-auth-clients", "no"]
 
@@ -1124,9 +1125,12 @@ def test_tls_is_spoken_and_a_stranger_is_refused(tmp_path: Path) -> None:
             row = live(1, now() + HOUR)
             assert await backend.write([row]) == [Answer(True, None)]
             assert backend.name == f"rediss://localhost:{port}/0"
-        async with opened(url) as backend:
-            with pytest.raises(BackendUnavailable, match="certificate"):
-                await backend.load(row.handle)
+        async with opened(f"{url}?ssl_ca_certs={certificate}") as backend:
+            assert await backend.load(row.handle) == row
+        for stranger in (url, f"{url}?ssl_ca_certs={certificate}".replace("localhost", "127.0.0.1")):
+            async with opened(stranger) as backend:
+                with pytest.raises(BackendUnavailable, match="certificate"):
+                    await backend.load(row.handle)
 
     port = free_port()
     ca = ["--tls-ca-cert-file", str(certificate), "--requirepass", "pass"]
@@ -1238,6 +1242,17 @@ def test_the_documented_commands_are_those_that_are_used(redis_server: RedisServ
     (line,) = [part for part in PAGE.read_text().split("\n\n") if part.startswith("The commands used are")]
     connecting = {"CLIENT SETINFO", "CONFIG RESETSTAT", "CONFIG GET", "INFO", "SELECT", "HELLO"}
     assert used - connecting == {name for name in code(line) if name.isupper() or " " in name}
+
+
+def test_what_the_url_says_is_not_changed_by_an_option() -> None:
+    """Whoever runs the application can say by variable what its code says otherwise."""
+    backend = RedisBackend(
+        "redis://host:7000/3?max_connections=3&client_name=shop&prefix=shop", max_connections=5, client_name="code",
+        prefix="code", db=9, port=1, health_check_interval=7,
+    )  # fmt: skip
+    options = backend._client._options
+    assert (backend._client._max, options["client_name"], backend.prefix) == (3, "shop", "shop")
+    assert (options["db"], options["port"], options["health_check_interval"]) == (3, 7000, 7)
 
 
 def test_an_option_that_nobody_knows_is_refused_at_once() -> None:

@@ -212,9 +212,12 @@ def _cut(connection: Connection) -> None:
 
 
 def checked(url: str, options: dict[str, Any]) -> str:
-    """libpq's connection string of a URL and further options. Raises ConfigError, which quotes nothing of them."""
+    """libpq's connection string of a URL, and further options where it says nothing.
+
+    Raises ConfigError, which quotes nothing of them.
+    """
     try:
-        parts = conninfo_to_dict(url, **options)
+        parts = {**conninfo_to_dict("", **options), **conninfo_to_dict(url)}
         if any("@" in str(parts.get(part, "")) for part in ("host", "port", "dbname")):
             raise psycopg.ProgrammingError  # the tail of a password with an @ or / in it
         return make_conninfo("", **{**_DEFAULTS, **parts})

@@ -24,9 +24,9 @@ Command = tuple[Any, ...]
 
 
 def parsed(url: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a URL and further options say. Raises ConfigError, which quotes nothing of them."""
+    """What a URL says, and further options where it says nothing. Raises ConfigError, which quotes nothing of them."""
     try:
-        return {**parse_url(url), "secure": url.lower().startswith("rediss"), **options}
+        return {**options, **parse_url(url), "secure": url.lower().startswith("rediss")}
     except ValueError:
         raise ConfigError(
             "this is no Redis URL: write redis://user:password@host:6379/0, rediss://… or unix:///path?db=0, "
