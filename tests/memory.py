@@ -30,6 +30,7 @@ SECOND = 1000
 HOUR = 3600 * SECOND
 _LIBC = ctypes.CDLL(None, use_errno=True)
 LIFETIMES = Lifetimes(idle=HOUR, longterm=24 * HOUR)
+TOUCH = Changes(touch=True)
 DEADLINE = 60.0
 
 

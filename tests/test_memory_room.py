@@ -25,6 +25,7 @@ from shmsession.testing import ManualClock
 from tests.backends import Host
 from tests.figures import report, rng, size
 from tests.memory import (
+    TOUCH,
     check_tables,
     closing,
     contents,
@@ -114,7 +115,7 @@ def test_anonymous_sessions_get_60_percent_logged_in_ones_80_updates_90_and_tomb
     key, record = anonymous[0]
     same = store.update(key, record, Changes(set={"n": encode(bytes(100), "n")}), clock.now())
     assert isinstance(same, Record), "an update that does not grow is never refused"
-    same = store.touch(key, same, clock.now())
+    same = store.update(key, same, TOUCH, clock.now())
     assert isinstance(same, Record)
     big = Changes(set={"n": encode(bytes(60_000), "n")})
     with pytest.raises(StoreFull, match="90 %"):
@@ -133,19 +134,6 @@ def test_a_fill_without_room_is_no_error_and_keeps_nothing(
     before = contents(store)
     assert store.fill(handle(1), record.header, record.data, clock.boot()) is None
     assert contents(store).records == before.records
-
-
-def test_a_touch_without_room_leaves_the_session_as_it_is(
-    store: MemoryStore, clock: ManualClock, visitors: Visitors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, record = visitors.come()
-    clock.advance(120)
-
-    def full(_work: object) -> None:
-        raise StoreFull("full")
-
-    monkeypatch.setattr(store._writer, "write", full)
-    assert store.touch(key, record, clock.now()) == record
 
 
 @pytest.mark.soak

@@ -38,6 +38,7 @@ from tests.memory import (
     KEYRING,
     LIFETIMES,
     SECOND,
+    TOUCH,
     check_tables,
     closing,
     contents,
@@ -114,7 +115,7 @@ def test_an_unknown_handle_is_unknown_and_nothing_is_written(store: MemoryStore,
     before = contents(store)
     assert store.load(A, clock.now()) is Missing.UNKNOWN
     assert store.update(A, base, sets(n=1), clock.now()) is Missing.UNKNOWN
-    assert store.touch(A, base, clock.now()) is Missing.UNKNOWN
+    assert store.update(A, base, TOUCH, clock.now()) is Missing.UNKNOWN
     assert store.renew(A, C, base, sets(n=1), clock.now(), None, login=False) is Missing.UNKNOWN
     assert contents(store) == before
 
@@ -175,7 +176,7 @@ def test_an_expected_value_that_changed_is_a_conflict_and_writes_nothing(
 def test_a_touch_moves_the_idle_expiry_and_counts_as_a_commit(store: MemoryStore, clock: ManualClock) -> None:
     base = created(store, clock, n=1)
     clock.advance(120)
-    touched = store.touch(A, base, clock.now())
+    touched = store.update(A, base, TOUCH, clock.now())
     assert isinstance(touched, Record)
     assert touched.header.idle_expiry == clock.now() + HOUR
     assert touched.header.last_seen == clock.now()
@@ -195,7 +196,7 @@ def test_an_update_without_a_touch_leaves_the_expiry_alone(store: MemoryStore, c
 def test_a_wall_clock_that_went_back_extends_nothing(store: MemoryStore, clock: ManualClock) -> None:
     base = created(store, clock, n=1)
     clock.step(-7200)
-    touched = store.touch(A, base, clock.now())
+    touched = store.update(A, base, TOUCH, clock.now())
     assert isinstance(touched, Record)
     assert touched.header.expires == base.header.expires
     assert touched.header.last_seen == base.header.last_seen
@@ -223,7 +224,7 @@ def test_destroy_is_final_and_says_so(store: MemoryStore, clock: ManualClock) ->
     assert store.destroy(A, clock.now()) is None
     assert store.load(A, clock.now()) is Missing.DEAD
     assert store.update(A, base, sets(n=2), clock.now()) is Missing.DEAD
-    assert store.touch(A, base, clock.now()) is Missing.DEAD
+    assert store.update(A, base, TOUCH, clock.now()) is Missing.DEAD
     assert store.renew(A, B, base, sets(n=2), clock.now(), None, login=False) is Missing.DEAD
     assert store.load(B, clock.now()) is Missing.UNKNOWN
     found = check_tables(store)
@@ -264,7 +265,7 @@ def test_the_absolute_deadline_begins_anew_at_login_only(place: Path, clock: Man
         deadline = base.header.absolute
         assert deadline == clock.now() + 2 * HOUR
         clock.advance(minutes=50)
-        touched = store.touch(A, base, clock.now())
+        touched = store.update(A, base, TOUCH, clock.now())
         assert isinstance(touched, Record)
         assert touched.header.absolute == deadline
         moved = store.renew(A, B, touched, Changes(), clock.now(), None, login=False)
@@ -327,7 +328,7 @@ def test_every_operation_is_one_transaction_and_reading_is_none(store: MemorySto
     assert transactions(store) == began + 2
     assert isinstance(store.update(A, created(store, clock, B), sets(m=1), now), Record), "the merging path"
     assert transactions(store) == began + 4
-    store.touch(A, base, now)
+    store.update(A, base, TOUCH, now)
     assert transactions(store) == began + 5
     store.renew(A, C, base, sets(n=3), now, ADA, login=True)
     assert transactions(store) == began + 6
@@ -457,7 +458,7 @@ def test_a_dirty_record_keeps_its_first_place_in_the_outbox(backed: MemoryStore,
 def test_a_touch_is_in_the_outbox_too(backed: MemoryStore, clock: ManualClock) -> None:
     record = _filled(backed, clock)
     clock.advance(120)
-    backed.touch(A, record, clock.now())
+    backed.update(A, record, TOUCH, clock.now())
     assert waiting(backed) == [A]
 
 
@@ -491,7 +492,7 @@ def test_a_session_that_was_never_storable_is_never_in_the_outbox(backed: Memory
     assert base is not None
     changed = backed.update(A, base, sets(n=2), clock.now())
     assert isinstance(changed, Record)
-    backed.touch(A, changed, clock.now())
+    backed.update(A, changed, TOUCH, clock.now())
     moved = backed.renew(A, B, changed, Changes(), clock.now(), ADA, login=True)
     assert isinstance(moved, Record)
     assert waiting(backed) == []

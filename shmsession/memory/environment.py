@@ -247,7 +247,7 @@ class Environment:
         return max(0, len(listing.splitlines()) - 1) if "no active" not in listing else 0
 
     def free_dead_readers(self) -> None:
-        """`check_readers` without opening the store, which would wait for a writer, alive or stopped."""
+        """Free those of dead processes, without opening the store, which would wait for a writer, alive or stopped."""
         opened = self._opened
         if opened is not None:
             opened.env.reader_check()
@@ -258,10 +258,6 @@ class Environment:
                 raise StoreError(f"{self.data} cannot be opened: {error}") from error
             env.reader_check()
             env.close()
-
-    def check_readers(self) -> int:
-        """Free the reader slots of dead processes; returns how many there were."""
-        return self.open().env.reader_check()
 
     # ── still the right one? ──────────────────────────────────────────────────────────────────────────────────
 

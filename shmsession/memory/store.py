@@ -179,14 +179,6 @@ class MemoryStore:
 
         return self._writer.write(work)
 
-    def touch(self, handle: bytes, base: Record, now: int) -> Record | Missing:
-        """Move the idle expiry. A store without room for it leaves the session as it is."""
-        try:
-            result = self.update(handle, base, Changes(touch=True), now)
-        except StoreFull:
-            return base
-        return result.record if isinstance(result, Conflict) else result
-
     def fill(
         self, handle: bytes, header: Header, data: bytes, missed: int, incarnation: bytes | None = None
     ) -> Record | Missing | None:
