@@ -14,7 +14,6 @@ from typing import Final, NamedTuple, Self
 from weakref import WeakSet
 
 from .backends import Backend, connect
-from .backends.sqlite import SQLiteBackend
 from .behind import Behind
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH, Committer
@@ -153,8 +152,8 @@ class SessionStore(Committer):
     @cached_property
     def keyring(self) -> Keyring:
         """The configured Keys, or those of the key file. Raises ConfigError."""
-        beside = Path(f"{self._backend.path}.key") if isinstance(self._backend, SQLiteBackend) else None
-        return self.config.keyring(self.name, beside)
+        path = getattr(self._backend, "path", None)
+        return self.config.keyring(self.name, None if path is None else Path(f"{path}.key"))
 
     def _check_keys(self) -> None:
         if self._backend is not None and self._backend.remote and not (self.config.keys or self.config.key_file):

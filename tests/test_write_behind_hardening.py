@@ -32,6 +32,7 @@ from shmsession.errors import (
 )
 from shmsession.flusher import BACKOFF_MS, BATCH, BATCH_BYTES, HEARTBEAT_MS, Flusher, is_down
 from shmsession.hooks import Event, Flushed, Hook, Hooks
+from shmsession.keyring import load_or_create
 from shmsession.lease import Lease
 from shmsession.memory.outbox import CHUNK
 from shmsession.memory.room import QUIET_MS
@@ -969,6 +970,23 @@ def test_a_timeout_that_is_no_time_is_refused(url: str, value: str) -> None:
     """With nan every question would end at once, or never."""
     with pytest.raises(ConfigError):
         connect(f"{url}?timeout={value}")
+
+
+class OnFile(MemoryBackend):
+    """One of an application's own that keeps its rows in a file."""
+
+    remote = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(labelled=False)
+        self.path = path
+
+
+def test_a_generated_key_is_kept_beside_the_file_of_any_backend_that_has_one(place: Path, new_store: NewStore) -> None:
+    """What outlives the memory can be opened again."""
+    store = new_store(OnFile(place / "rows.json"), keys=())
+    saved(store, v=1)
+    assert store.keyring.keys == tuple(load_or_create(place / "rows.json.key"))
 
 
 # ── when it is sent ───────────────────────────────────────────────────────────────────────────────────────────

@@ -87,6 +87,8 @@ class Backend(Protocol):
 
     A database that cannot be reached, or does not answer in time, raises BackendUnavailable; one that answers with an
     error raises BackendError with a message that says what to do. No answer is ever made up: an error is no absence.
+
+    One that keeps its rows in a file may say in which by an attribute `path`: a generated Key is kept beside it.
     """
 
     name: str
