@@ -670,8 +670,11 @@ def test_a_server_without_hooks_flushes_too(site: MakeSite) -> None:
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_backend_that_cannot_be_opened_refuses_nobody_who_does_not_need_it(site: MakeSite, failure: str) -> None:
-    """And is not tried again at every request."""
+def test_a_backend_that_cannot_be_opened_refuses_nobody_who_does_not_need_it(
+    site: MakeSite, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """And is not tried again at every request, but by itself, later."""
+    monkeypatch.setattr("shmsession.behind.REOPEN_SECONDS", 3600)
     shop = site()
     shop.backend.error = FAILURES[failure]
     shop.backend.fail("open", times=1000)
@@ -680,6 +683,7 @@ def test_a_backend_that_cannot_be_opened_refuses_nobody_who_does_not_need_it(sit
     for _ in range(3):
         result = exchange(shop.store, served, cookie, skip="/")
         assert (result.error, json.loads(result.body)) == (None, {"name": "eve"})
+    wait_for(lambda: shop.backend.calls, "it was tried")
     assert shop.backend.calls == ["open"]
 
 
