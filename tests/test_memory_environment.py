@@ -417,7 +417,7 @@ def test_a_commit_that_meets_a_rebuild_is_done_again_in_the_new_store(store: Mem
     def work(txn: lmdb.Transaction, tables: Any) -> int:
         runs.append(1)
         if len(runs) == 1:
-            opened.words[0] += 1
+            opened.words[building.GENERATION] += 1
         txn.put(b"mark", sequence_key(7), db=tables.meta)
         return len(runs)
 

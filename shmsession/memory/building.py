@@ -43,6 +43,14 @@ logger = logging.getLogger("shmsession")
 MAX_READERS: Final = 2048
 STORE_FORMAT: Final = 1
 
+GENERATION: Final = 0
+NAMESPACE: Final = 1
+DOWN_UNTIL: Final = 2
+RINGS: Final = 3
+LAST_PLACE: Final = 4
+"""The words of the mapped file `attached`."""
+WORDS: Final = 5
+
 Judge = Callable[[bytes, bytes], tuple[Header, bool, bool] | None]
 """The header of a salvaged record, whether it is verified, and whether the record can be had again unless it waits;
 None when it is not whole. What other Keys have sealed cannot be verified here, and is kept."""
@@ -132,8 +140,8 @@ class Building:
 
     def rebuild(self, directory: int, words: memoryview, problem: str) -> None:
         """Put the damaged environment aside, keep the newest such, and import every record that is whole."""
-        words[0] += 1
-        aside = self.path / f"quarantine-{words[0]}"
+        words[GENERATION] += 1
+        aside = self.path / f"quarantine-{words[GENERATION]}"
         logger.error("the memory store %s is damaged (%s): kept as %s and rebuilt", self.path, problem, aside.name)
         kept = self._placed(self._salvaged())
         for old in self.path.glob("quarantine-*"):

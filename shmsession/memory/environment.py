@@ -22,7 +22,19 @@ import lmdb
 from shmsession.errors import StoreError, StoreFull, UnsafeStore
 
 from . import place
-from .building import STORE_FORMAT, Building, identity, open_lmdb, set_epoch
+from .building import (
+    DOWN_UNTIL,
+    GENERATION,
+    LAST_PLACE,
+    NAMESPACE,
+    RINGS,
+    STORE_FORMAT,
+    WORDS,
+    Building,
+    identity,
+    open_lmdb,
+    set_epoch,
+)
 from .counters import Counters
 from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
@@ -33,7 +45,6 @@ READER_CHECK_LOOKS: Final = 3
 ATTEMPTS: Final = 20
 LEAP_MS: Final = 60_000
 """A place of the outbox so far in the future says that the wall clock had leapt."""
-_ATTACHED_BYTES: Final = 40
 
 _STRUCTURAL: Final = (
     lmdb.CorruptedError,
@@ -68,7 +79,7 @@ class Opened:
         self.attached = attached
         self.words = words
         self.counters = counters
-        self.generation: int = words[0]
+        self.generation: int = words[GENERATION]
         self.identity = identity(data)
         self.pid = os.getpid()
         self.next_look = monotonic() + LOOK_SECONDS
@@ -126,7 +137,7 @@ class Environment:
                     self._look(opened)
                 with opened.env.begin() as txn:
                     raw = txn.get(handle, db=opened.tables.records)
-                if opened.words[0] == opened.generation:
+                if opened.words[GENERATION] == opened.generation:
                     return raw
                 self._leave(opened)
             except lmdb.Error as error:
@@ -154,10 +165,10 @@ class Environment:
             try:
                 if monotonic() >= opened.next_look:
                     self._look(opened)
-                if opened.words[0] == opened.generation:
+                if opened.words[GENERATION] == opened.generation:
                     with opened.env.begin(write=write) as txn:
                         result = work(txn, opened.tables)
-                    if opened.words[0] == opened.generation:
+                    if opened.words[GENERATION] == opened.generation:
                         return result
                     self.redoing = write
                 self._leave(opened)
@@ -186,21 +197,21 @@ class Environment:
     @property
     def backend_down_until(self) -> int:
         """The boot time, in milliseconds, until which nobody asks the backend: it has just failed."""
-        return int((self._opened or self.open()).words[2])
+        return int((self._opened or self.open()).words[DOWN_UNTIL])
 
     @backend_down_until.setter
     def backend_down_until(self, boot: int) -> None:
-        (self._opened or self.open()).words[2] = boot
+        (self._opened or self.open()).words[DOWN_UNTIL] = boot
 
     @property
     def rings(self) -> int:
         """How often somebody rang for the flusher, for one that cannot hear the doorbell. Not every ring counts."""
-        return int((self._opened or self.open()).words[3])
+        return int((self._opened or self.open()).words[RINGS])
 
     def ring(self) -> None:
         """Count one."""
         words = (self._opened or self.open()).words
-        words[3] = (words[3] + 1) % (1 << 64)
+        words[RINGS] = (words[RINGS] + 1) % (1 << 64)
 
     def take_place(self, txn: Txn, tables: Tables, handle: bytes, now: int) -> bytes:
         """Give a session a place in the outbox behind all that wait, and nearly always behind all that ever did.
@@ -209,12 +220,12 @@ class Environment:
         could not be told for as long as the leap was. Within a write transaction.
         """
         words = (self._opened or self.open()).words
-        last: int = words[4]
+        last: int = words[LAST_PLACE]
         if not last or sequence_moment(last) > now + LEAP_MS:  # or it was lost, or damaged
             last = last_place(txn, tables, now)
         while not txn.put(place := sequence_key(sequence_after(last, now)), handle, db=tables.outbox, overwrite=False):
             last = max(sequence_after(last, now), last_place(txn, tables, now))
-        words[4] = number(place)
+        words[LAST_PLACE] = number(place)
         return place
 
     def raise_epoch(self, epoch: int) -> None:
@@ -227,7 +238,7 @@ class Environment:
         self.write(work)
         with self.lock:
             opened = self.open()
-            opened.words[0] += 1
+            opened.words[GENERATION] += 1
             self._leave(opened)
 
     def usage(self, txn: Txn, tables: Tables) -> Usage:
@@ -298,7 +309,7 @@ class Environment:
                 self._opened = None
                 words, generation = opened.words, opened.generation
                 opened.close()
-                if words[0] == generation and identity(self.data) == opened.identity:
+                if words[GENERATION] == generation and identity(self.data) == opened.identity:
                     self.building.rebuild(directory, words, problem)
 
     # ── opening and closing ───────────────────────────────────────────────────────────────────────────────────
@@ -371,14 +382,14 @@ class Environment:
     def _open(self, directory: int) -> Opened:
         attached = place.open_file(self.path / "attached", directory, create=True)
         try:
-            place.give(attached, _ATTACHED_BYTES)
-            words = memoryview(mmap.mmap(attached, _ATTACHED_BYTES)).cast("Q")
+            place.give(attached, 8 * WORDS)
+            words = memoryview(mmap.mmap(attached, 8 * WORDS)).cast("Q")
             if _try_exclusive(attached):
-                words[1] = _pid_namespace()
+                words[NAMESPACE] = _pid_namespace()
                 self.building.make_ready(directory, words)
-            elif words[1] == _pid_namespace():
+            elif words[NAMESPACE] == _pid_namespace():
                 if not self.building.is_there():
-                    words[0] += 1
+                    words[GENERATION] += 1
                     self.building.make_ready(directory, words)
             else:
                 raise UnsafeStore(
