@@ -14,11 +14,12 @@ from ._portal import Portal
 from .backends.base import Backend, State
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
-from .flusher import BACKOFF_MS, Flusher, is_down, ring
+from .flusher import Flusher
 from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
 from .record import Record
 from .rows import Rows
+from .signalling import is_down, ring, take_down
 from .telling import Telling
 
 logger = logging.getLogger("shmsession")
@@ -238,10 +239,9 @@ class Behind:
         return Missing.UNKNOWN
 
     def _failed(self) -> None:
-        environment = self._environment
-        environment.counters.add("load_errors")
-        if not is_down(environment, self._clock):
-            environment.backend_down_until = self._clock.boot() + BACKOFF_MS[0]
+        self._environment.counters.add("load_errors")
+        if not is_down(self._environment, self._clock):
+            take_down(self._environment, self._clock)
 
     def _strange(self, what: str, error: Exception) -> BackendError:
         """An error of somebody else's code; where it comes from is logged, for nobody else will say it."""

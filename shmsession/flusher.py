@@ -6,24 +6,21 @@ decides, and a commit is crossed off only if it is still the one that was sent.
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from typing import Any, Final, NamedTuple
 
-from . import _native
 from .backends.base import Answer, Backend, Row, State
 from .clock import Clock
 from .errors import BackendError, ShmSessionError
 from .hooks import Flushed, FlushFailed, Hooks
 from .lease import BEAT_MS, Lease
 from .memory.doorbell import Doorbell
-from .memory.environment import Environment
 from .memory.outbox import Dirty
 from .memory.store import MemoryStore
 from .record import NO_PLACE
 from .rows import Rows
 from .sentinel import Neighbour, Overtaken, Recall, Sentinel
+from .signalling import PAUSE_SECONDS, Listener, is_down, ring, take_down
 from .telling import Telling
 
 BATCH: Final = 500
@@ -34,8 +31,6 @@ PIECE: Final = 100
 TURNS: Final = 20
 """So often the loop goes round before more is read: by then most drivers have sent the batch, and the backend writes.
 One that needs longer is sent for while others have their turn."""
-BACKOFF_MS: Final = (100, 5_000)
-"""How long nobody asks a backend that has just failed: the first time, and at most."""
 HEARTBEAT_MS: Final = 4_000
 """How often the sentinel is looked at and written anew, whatever else is sent."""
 SWEEP_MS: Final = 60_000
@@ -43,8 +38,6 @@ SWEEP_LIMIT: Final = 1_000
 SWEEPS: Final = 10
 """So often at most the memory is swept in one go."""
 RETIRE_CHUNKS: Final = 40
-PAUSE_SECONDS: Final = 0.02
-"""How often it is asked whether somebody rang, where no bell can be heard, and while somebody waits for the outbox."""
 RETRY_SECONDS: Final = 1.0
 """How often somebody who waits for the outbox rings, or tries again what failed."""
 
@@ -103,7 +96,7 @@ class Flusher:
     async def run(self) -> None:
         """Be a candidate until cancelled."""
         beating = asyncio.create_task(self._beat())
-        listening = _Listener(self._bell, self._woken, lambda: self.holds_lease)
+        listening = Listener(self._bell, self._woken, lambda: self.holds_lease)
         try:
             while True:
                 heard = self._environment.rings
@@ -155,7 +148,7 @@ class Flusher:
         self._ahead = None
         try:
             try:
-                while self.holds_lease and await self.round() == BATCH:
+                while self.holds_lease and await self.round():
                     pass
             finally:
                 with contextlib.suppress(ShmSessionError):  # it must hide neither an error nor a cancellation
@@ -176,12 +169,10 @@ class Flusher:
     def _failed(self, error: Exception) -> None:
         self._sentinel.greeted = None
         if not isinstance(error, ShmSessionError) or isinstance(error, BackendError):
-            first, most = BACKOFF_MS
-            delay = min(most, first << min(self._failures, 16))
+            take_down(self._environment, self._clock, self._failures)
             self._failures += 1
             self._batch = max(1, self._batch // 2)  # what is too much to be answered in time may be little enough then
             self._sentinel.initialized = False
-            self._environment.backend_down_until = self._clock.boot() + int(delay * random.uniform(0.5, 1))  # noqa: S311
         self._environment.counters.add("flush_errors")
         ours = isinstance(error, ShmSessionError)
         reason = str(error) if ours else type(error).__name__
@@ -202,10 +193,12 @@ class Flusher:
         """
         loop = asyncio.get_running_loop()
         end, next_ring, next_round = loop.time() + seconds, 0.0, 0.0
-        last, recalled = self._newest(), self._recall.count
+        last, recalled, more = self._newest(), self._recall.count, True
         try:
             while self._waits(last) or not self._recall.is_done:
-                now, sent = loop.time(), 0
+                if not more:  # what is left is for others, in their hands, or has to wait
+                    await asyncio.sleep(PAUSE_SECONDS)
+                now, more = loop.time(), False
                 if now >= end:
                     return False
                 if not self._outbox.oldest(1) and self._recall.is_done:  # what is left is for who has the Key
@@ -213,15 +206,14 @@ class Flusher:
                 elif now < next_round or is_down(self._environment, self._clock):
                     pass  # it has just failed
                 elif self._lease.take():
-                    sent = await self._drain_round(end - now)
-                    next_round = 0.0 if sent >= 0 else loop.time() + RETRY_SECONDS
+                    found = await self._drain_round(end - now)
+                    next_round = loop.time() + RETRY_SECONDS if found is None else 0.0
+                    more = bool(found)
                 elif now >= next_ring:
                     next_ring = now + RETRY_SECONDS
                     ring(self._bell, self._environment)
                 if self._recall.count != recalled:
                     last, recalled = self._newest(), self._recall.count
-                if sent <= 0:  # what is left is for others, in their hands, or has to wait
-                    await asyncio.sleep(min(max(0.0, end - loop.time()), PAUSE_SECONDS))
             return True
         finally:
             with contextlib.suppress(ShmSessionError):
@@ -239,22 +231,22 @@ class Flusher:
         ends = self._outbox.ends()
         return ends is not None and ends[0] <= last
 
-    async def _drain_round(self, seconds: float) -> int:
-        """`round`, but -1 when it failed, or took too long."""
+    async def _drain_round(self, seconds: float) -> bool | None:
+        """`round`, but None when it failed, or took too long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 try:
                     return await self.round()
                 except Overtaken:
-                    return 0
+                    return False
                 except Neighbour as error:
                     self._refused(error)
                 except Exception as error:  # noqa: BLE001  # a backend may be somebody's own code: this goes on
                     self._failed(error)
-        return -1
+        return None
 
-    async def round(self) -> int:
-        """Send the oldest commits, a batch at most; returns how many, BATCH when there may be more.
+    async def round(self) -> bool:
+        """Send the oldest commits, a batch at most; whether there may be more.
 
         While a remote backend writes, what it wrote in the last round is crossed off, and the next batch is read.
         Raises BackendError, StoreError.
@@ -292,7 +284,7 @@ class Flusher:
             if reading is not None:
                 reading.cancel()
         self._batch = min(BATCH, limit * 2)
-        return BATCH if full or (waiting and not self._recall.is_done) else len(waiting)
+        return full or (bool(waiting) and not self._recall.is_done)
 
     async def _read(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead:
         """What is to be sent next, of places behind `after`, a piece at a time: others have their turn in between.
@@ -391,54 +383,3 @@ class Flusher:
             if not self._retired_to:
                 self._next_retire = boot + max(1_000, self._memory_lifespan // 10)
                 return
-
-
-def is_down(environment: Environment, clock: Clock) -> bool:
-    """Whether the backend has just failed, so that nobody asks it. A word from before a restart of the machine ends."""
-    boot = clock.boot()
-    return boot < environment.backend_down_until <= boot + BACKOFF_MS[1]
-
-
-def ring(bell: Doorbell, environment: Environment) -> None:
-    """Wake whoever holds the lease."""
-    environment.ring()
-    bell.ring()
-
-
-class _Listener:
-    """A thread that turns rings of the doorbell into wake-ups of the event loop."""
-
-    def __init__(self, bell: Doorbell, woken: asyncio.Event, is_wanted: Callable[[], bool]) -> None:
-        self._bell = bell
-        self._is_wanted = is_wanted
-        self._woken = woken
-        self._stopped = False
-        self._ended: asyncio.Event | None = None
-        self._loop = asyncio.get_running_loop()
-
-    def listen(self) -> None:
-        """Begin, once, if there is a bell."""
-        if self._ended is None and self._bell.works:
-            ended = asyncio.Event()
-            with contextlib.suppress(RuntimeError):  # no thread to be had now: tried again at the next look
-                _native.start_thread(partial(self._listen, ended))
-                self._ended = ended
-
-    def _listen(self, ended: asyncio.Event) -> None:
-        while not self._stopped:
-            if not self._is_wanted():  # rings are for whoever holds the lease now
-                _native.sleep(PAUSE_SECONDS)
-            elif self._bell.wait(BEAT_MS / 1000):
-                self._tell(self._woken)
-        self._tell(ended)
-
-    def _tell(self, event: asyncio.Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self._loop.call_soon_threadsafe(event.set)
-
-    async def stop(self) -> None:
-        """Let the thread end."""
-        self._stopped = True
-        if self._ended is not None:
-            self._bell.ring()
-            await self._ended.wait()

@@ -314,7 +314,7 @@ class Host:
             run(flusher.round())
         raise AssertionError(f"{len(self.memory.outbox)} rows wait for ever")
 
-    def sending(self, handle: bytes, flusher: Flusher | None = None) -> Running[int]:
+    def sending(self, handle: bytes, flusher: Flusher | None = None) -> Running[bool]:
         """A round that is about to store the row of this handle."""
         running = Running((flusher or self.flusher()).round())
         while True:

@@ -33,9 +33,10 @@ from shmsession.backends.base import Backend, Row
 from shmsession.backends.postgres import PostgresBackend
 from shmsession.backends.redis_scripts import packed
 from shmsession.backends.sqlite import SQLiteBackend
-from shmsession.flusher import BACKOFF_MS, BATCH
+from shmsession.flusher import BATCH
 from shmsession.lease import Lease
 from shmsession.rows import Rows
+from shmsession.signalling import BACKOFF_MS
 from tests.bench import application, calls, cookie_of, untouched, write
 from tests.databases import PostgresServer, RedisServer
 from tests.servers import new_place, wait_for

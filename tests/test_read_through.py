@@ -14,7 +14,7 @@ from shmsession.backends.base import SENTINEL, Row, State
 from shmsession.behind import MISSING_MS, Behind
 from shmsession.config import SessionConfig
 from shmsession.errors import BackendError, BackendUnavailable, SessionGone, StoreError, Unreadable
-from shmsession.flusher import BACKOFF_MS, SWEEP_MS
+from shmsession.flusher import SWEEP_MS
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.doorbell import Doorbell
 from shmsession.memory.room import QUIET_MS
@@ -22,6 +22,7 @@ from shmsession.memory.store import STALE_FILL_MS, Missing
 from shmsession.record import Record
 from shmsession.rows import Rows
 from shmsession.session import Session
+from shmsession.signalling import BACKOFF_MS
 from shmsession.store import SessionStore
 from shmsession.testing import ManualClock
 from tests.backends import AFTER, BEFORE, HALF, Host, MemoryBackend, values_in

@@ -210,7 +210,7 @@ def test_dead_stays_dead_when_memory_is_lost_and_numbers_begin_again(host: Host)
     again.close()
 
 
-def late_rows(stopped: Running[int], host: Host) -> list[Row]:
+def late_rows(stopped: Running[bool], host: Host) -> list[Row]:
     """What a process that has died had already given to the network."""
     stopped.abandon()
     return list(host.backend.asked)
@@ -643,7 +643,7 @@ def test_set_store_false_erases_and_true_brings_back(host: Host) -> None:
         assert host.backend.state(A) is State.LIVE
 
 
-def _captured(host: Host, n: int) -> Running[int]:
+def _captured(host: Host, n: int) -> Running[bool]:
     host.update(A, v=n)
     return host.sending(A)
 
@@ -815,7 +815,7 @@ class Schedule:
         self.killed: dict[bytes, str] = {}
         self.held: dict[bytes, Record] = {}
         self.flushers: list[Flusher] = [self.host.flusher(), self.host.flusher()]
-        self.rounds: dict[int, Running[int]] = {}
+        self.rounds: dict[int, Running[bool]] = {}
         self._stepping: int | None = None
         """The flusher whose code runs."""
         self.answers: list[tuple[bytes, Answered]] = []

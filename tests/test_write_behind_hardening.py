@@ -30,7 +30,7 @@ from shmsession.errors import (
     StoreFull,
     Unreadable,
 )
-from shmsession.flusher import BACKOFF_MS, BATCH, BATCH_BYTES, HEARTBEAT_MS, Flusher, is_down
+from shmsession.flusher import BATCH, BATCH_BYTES, HEARTBEAT_MS, Flusher
 from shmsession.hooks import Event, Flushed, Hook, Hooks
 from shmsession.keyring import load_or_create
 from shmsession.lease import Lease
@@ -39,6 +39,7 @@ from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import Missing
 from shmsession.record import HEADER_BYTES, Changes, Record, pack_header, unpack_header
 from shmsession.session import Session
+from shmsession.signalling import BACKOFF_MS, is_down
 from shmsession.wsgi import SessionMiddleware as WSGIMiddleware
 from tests.backends import Host, MemoryBackend, run, values_in
 from tests.databases import PostgresServer, RedisServer
@@ -175,10 +176,10 @@ def test_a_backend_that_forgot_is_refilled_from_a_crowded_store_and_nobody_starv
     rounds = steps = most = 0
     whole_round, whole_step = flusher.round, outbox.put_back
 
-    async def round_() -> int:
+    async def round_() -> bool:
         nonlocal rounds
         rounds += 1
-        return 0 if rounds > MANY else await whole_round()
+        return rounds <= MANY and await whole_round()
 
     def put_back(after: bytes, *, dead: bool) -> tuple[int, bytes, bool]:
         nonlocal steps, most
@@ -225,10 +226,10 @@ def test_a_store_without_room_for_a_single_step_is_asked_again_later(host: Host)
     def full(after: bytes, *, dead: bool) -> NoReturn:
         raise StoreFull(f"no room after {after!r} ({dead}), by order")
 
-    async def round_() -> int:
+    async def round_() -> bool:
         nonlocal rounds
         rounds += 1
-        return 0 if rounds > MANY else await whole_round()
+        return rounds <= MANY and await whole_round()
 
     flusher.round = round_  # type: ignore[method-assign]
     host.memory.outbox.put_back = full  # type: ignore[method-assign]

@@ -29,8 +29,8 @@ from shmsession import Key, Session, SessionConfig, SessionStore
 from shmsession.asgi import Receive, Scope, Send
 from shmsession.backends.base import SENTINEL, Row, State
 from shmsession.errors import BackendError, BackendUnavailable, StoreError
-from shmsession.flusher import BACKOFF_MS
 from shmsession.memory.room import QUIET_MS
+from shmsession.signalling import BACKOFF_MS
 from shmsession.testing import ManualClock, login_cookie
 from shmsession.wsgi import App, Environ, SessionMiddleware, StartResponse
 from tests.backends import AFTER, BEFORE, MemoryBackend
