@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from .backends.base import Answer, Backend, Row, State
 from .clock import Clock
-from .errors import BackendError, ShmSessionError
+from .errors import BackendError, BackendUnavailable, ShmSessionError
 from .hooks import Flushed, FlushFailed, Hooks
 from .lease import BEAT_MS, Lease
 from .memory.doorbell import Doorbell
@@ -99,14 +99,15 @@ class Flusher:
         listening = Listener(self._bell, self._woken, lambda: self.holds_lease)
         try:
             while True:
-                heard = self._environment.rings
-                if self.holds_lease:
-                    listening.listen()
-                    try:
+                try:
+                    heard = self._environment.rings
+                    if self.holds_lease:
+                        listening.listen()
                         await self._attempt()
-                    except ShmSessionError as error:  # the memory store itself
-                        self._telling.tell(f"sessions wait to be flushed: {error}")
-                await self._rest(heard)
+                    await self._rest(heard)
+                except ShmSessionError as error:  # the memory store itself; it may be better later
+                    self._telling.tell(f"sessions wait to be flushed: {error}")
+                    await asyncio.sleep(BEAT_MS / 1000)
         finally:
             self.holds_lease = False
             beating.cancel()
@@ -172,7 +173,9 @@ class Flusher:
             take_down(self._environment, self._clock, self._failures)
             self._failures += 1
             self._batch = max(1, self._batch // 2)  # what is too much to be answered in time may be little enough then
-            self._sentinel.initialized = False
+            # One that answers may have lost its tables. One that does not comes back with them, and whatever stands at
+            # its place meanwhile, or nothing, must not be made into an empty one: that would log everybody out.
+            self._sentinel.initialized = self._sentinel.initialized and isinstance(error, BackendUnavailable)
         self._environment.counters.add("flush_errors")
         ours = isinstance(error, ShmSessionError)
         reason = str(error) if ours else type(error).__name__

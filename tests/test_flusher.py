@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -286,6 +287,28 @@ def test_where_an_error_that_is_not_ours_comes_from_is_logged_once_and_not_what_
         assert "ValueError" in record.message
         assert "in initialize" in record.message
         assert "hunter2" not in caplog.text
+
+
+def _told(error: type[Exception], call: str) -> Exception:
+    return error(f"{call} fails by order")
+
+
+def test_a_backend_that_is_away_is_not_made_anew_and_one_that_lost_its_tables_is(place: Path) -> None:
+    """What does not answer comes back with what it had: nobody is logged out by an empty one in its place."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        host.create(A)
+        flusher = host.flusher()
+        attempt(flusher)
+        for number, (error, again) in enumerate(((BackendUnavailable, False), (BackendError, True), (OSError, True))):
+            host.create(handle(10 + number))
+            host.backend.error = partial(_told, error)
+            host.backend.fail("write")
+            before = host.backend.calls.count("initialize")
+            attempt(flusher)
+            host.clock.advance(BACKOFF_MS[1] / 1000)
+            attempt(flusher)
+            assert host.backend.calls.count("initialize") == before + again
+            assert waiting(host.memory) == []
 
 
 def test_after_failures_nobody_asks_for_longer_and_longer(place: Path) -> None:

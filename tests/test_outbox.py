@@ -147,6 +147,20 @@ def test_a_row_that_leads_nowhere_is_dropped(host: Host) -> None:
     assert waiting(host.memory) == [A]
 
 
+@pytest.mark.parametrize("wrong", [B, C, bytes(21)], ids=["another's", "nobody's", "too long"])
+def test_whose_handle_is_damaged_in_the_outbox_waits_again(host: Host, wrong: bytes) -> None:
+    """What was committed reaches the backend all the same, and so does the other one."""
+    host.create(A, v=1)
+    host.create(B)
+    ((place, _), _) = host.memory.outbox.rows()
+    host.memory.environment.write(lambda txn, tables: txn.put(sequence_key(place), wrong, db=tables.outbox))
+    host.memory.outbox.oldest(10)
+    assert sorted(waiting(host.memory)) == [A, B]
+    check_tables(host.memory)
+    host.flush()
+    assert host.backend.rows.keys() >= {A, B}
+
+
 def test_a_record_whose_place_is_damaged_gets_another(host: Host) -> None:
     """The place is not sealed; what was committed reaches the backend all the same."""
     host.create(A, v=1)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from shmsession.errors import (
     StoreError,
     StoreFull,
     Unreadable,
+    UnsafeStore,
 )
 from shmsession.flusher import BATCH, BATCH_BYTES, HEARTBEAT_MS, Flusher
 from shmsession.hooks import Event, Flushed, Hook, Hooks
@@ -916,14 +918,51 @@ def test_a_frozen_database_keeps_a_load_and_a_close_no_longer_than_they_may_take
     assert closed < 9
 
 
-def test_a_file_of_sqlite_that_is_removed_is_made_again_and_filled(place: Path) -> None:
-    """With all that memory has, by the flusher, without a word from anybody."""
+def test_a_candidate_outlives_a_store_that_cannot_be_opened_for_a_while(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has made its directory readable for others, and emptied it; it goes on when that is mended."""
+    config = SessionConfig(
+        directory=place / "s", name="test", keys=(Key.generate(),), map_size=4 << 20, secure=False,
+        flush_interval=timedelta(milliseconds=50),
+    )  # fmt: skip
+    with SessionStore(f"sqlite:///{place / 'sessions.db'}", config=config) as store:
+        saved(store, n=1)
+        wait_for(lambda: len(store.memory.outbox) == 0, "it flushes")
+        store.path.chmod(0o755)
+        shutil.rmtree(store.path / "lmdb")
+        flushing = store.behind._flushing
+        assert flushing is not None
+        environment, refused = store.memory.environment, 0
+        open_now = environment._open_now
+
+        def counted() -> object:
+            nonlocal refused
+            try:
+                return open_now()
+            except UnsafeStore:
+                refused += 1
+                raise
+
+        monkeypatch.setattr(environment, "_open_now", counted)
+        wait_for(lambda: refused >= 4, "the candidate has met it, in its beat and in its rest")
+        store.path.chmod(0o700)
+        assert not flushing.done()
+        session = saved(store, n=2)
+        assert store.sync.persisted(session, PATIENCE)
+
+
+def test_a_file_of_sqlite_that_is_removed_is_filled_once_somebody_makes_it_again(place: Path) -> None:
+    """With all that memory has. Until then it is an error: an empty file would log out whom only the old one knew."""
     backend: Any = SQLiteBackend(place / "sessions.db")
     with Host(place, backend) as host:
         flusher = host.flusher()
 
+        def files() -> list[Path]:
+            return list(place.glob("sessions.db*"))
+
         def remove() -> None:
-            for file in place.glob("sessions.db*"):
+            for file in files():
                 file.unlink()
 
         async def living() -> None:
@@ -934,6 +973,12 @@ def test_a_file_of_sqlite_that_is_removed_is_made_again_and_filled(place: Path) 
             assert await backend.count() == 1
             remove()
             host.create(B, v=2)
+            for _ in range(4):
+                await flusher._attempt()
+                host.clock.advance(HEARTBEAT_MS / 1000)
+            assert not files()
+            assert waiting(host.memory) == [B]
+            await backend.initialize()  # as `shmsession initdb` does
             for _ in range(4):
                 await flusher._attempt()
                 host.clock.advance(HEARTBEAT_MS / 1000)

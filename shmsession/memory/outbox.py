@@ -126,16 +126,27 @@ class Outbox:
 
     def _drop(self, stray: list[tuple[bytes, bytes]]) -> None:
         """Places that no record says it has, which only damage leaves behind; whose place is damaged gets another."""
+        claimants = self._claimants({place for place, _ in stray})
 
         def work(txn: Txn, tables: Tables) -> None:
             for place, handle in stray:
                 record = self._found(txn, tables, handle)
                 if record is None or record.place != place:
                     txn.delete(place, db=tables.outbox)
-                    if record is not None and not waits(txn, tables, handle, record.raw):
-                        self._writer.dirty_in(txn, tables, handle, record, front=False)
+            for handle in (*claimants, *(handle for _, handle in stray)):
+                record = self._found(txn, tables, handle)
+                if record is not None and not waits(txn, tables, handle, record.raw):
+                    self._writer.dirty_in(txn, tables, handle, record, front=False)
 
         self._environment.write(work)
+
+    def _claimants(self, places: set[bytes]) -> list[bytes]:
+        """Whoever says that it has one of these: what stands there may have been its handle."""
+
+        def work(txn: Txn, tables: Tables) -> list[bytes]:
+            return [bytes(key) for key, raw in txn.cursor(tables.records) if raw[-PLACE_BYTES:] in places]
+
+        return self._environment.read(work)
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────
 
