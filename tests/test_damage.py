@@ -730,6 +730,29 @@ def test_a_node_that_claims_its_neighbours_bytes_is_found_before_lmdb_writes_int
         check_tables(store)
 
 
+@pytest.mark.parametrize("flag", [0x02, 0x04, 0x08, 0x10, 0x20, 0x40])
+@pytest.mark.parametrize("tree", ["free list", "tables", "records"])
+def test_a_tree_that_claims_to_be_of_another_kind_is_found_before_lmdb_believes_it(
+    place: Path, tree: str, flag: int
+) -> None:
+    """`verify` passes it; LMDB would take its keys for numbers, or abort the process."""
+    base = place / "base"
+    with closing(memory_store(base, SystemClock())) as store:
+        _fill(store)
+    if tree == "records":
+        _changed(base, b"records", len(b"records") + 4, bytes([flag]))
+    else:
+        image = bytearray((base / DATA).read_bytes())
+        for meta in (0, PAGE):
+            image[meta + (44 if tree == "free list" else 92)] ^= flag
+        (base / DATA).write_bytes(image)
+    events: list[Event] = []
+    with closing(memory_store(base, SystemClock(), events=events)) as store:
+        assert create(store, handle(1000), "new")
+        assert [type(event) for event in events] == [Quarantined]
+        check_tables(store)
+
+
 def test_a_key_that_its_own_tree_does_not_lead_to_is_found(place: Path) -> None:
     """The keys of the leaves are in order, but by the branch page the first of a leaf belongs before it."""
     base = place / "base"

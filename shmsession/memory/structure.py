@@ -19,6 +19,8 @@ _LEAF2: Final = 0x20
 _BIG: Final = 0x01
 _SUBTREE: Final = 0x02
 _NO_PAGE: Final = 2**64 - 1
+_FREE_LIST_FLAGS: Final = 0x08
+"""Its keys are integers. No table has a flag: another kind of tree makes LMDB's writers abort the process."""
 
 _META = struct.Struct("=II16x")
 _DB = struct.Struct("=IHHQQQQQ")
@@ -29,6 +31,8 @@ class _Node(NamedTuple):
     begin: int
     end: int
     leads_to: int | None
+    flags: int = 0
+    """Those of the table that it leads to."""
 
 
 def problem_in(data: Path) -> str | None:
@@ -38,20 +42,22 @@ def problem_in(data: Path) -> str | None:
         head = os.pread(descriptor, 4096, 0)
         if _META.unpack_from(head, _PAGE_HEADER)[0] != _MAGIC:
             return None
-        page_size, roots = _roots(descriptor, head)
-        return _walk(descriptor, page_size, roots)
+        page_size, databases = _databases(descriptor, head)
+        if [database[1] for database in databases] != [_FREE_LIST_FLAGS, 0]:
+            return "the trees are not of the kind that they are"
+        return _walk(descriptor, page_size, [database[-1] for database in databases])
     finally:
         os.close(descriptor)
 
 
-def _roots(descriptor: int, head: bytes) -> tuple[int, list[int]]:
-    """The page size, and the roots of the free list and of the tree of tables in the newer of the two metas."""
+def _databases(descriptor: int, head: bytes) -> tuple[int, list[tuple[int, ...]]]:
+    """The page size, and what the newer of the two metas says of the free list and of the tree of tables."""
     base = _PAGE_HEADER + _META.size
     page_size: int = _DB.unpack_from(head, base)[0]
     metas = [head, os.pread(descriptor, 4096, page_size)]
     transaction = struct.Struct("=Q")
     newest = max(metas, key=lambda meta: transaction.unpack_from(meta, base + 2 * _DB.size + 8)[0])
-    return page_size, [_DB.unpack_from(newest, base + offset)[-1] for offset in (0, _DB.size)]
+    return page_size, [_DB.unpack_from(newest, base + offset) for offset in (0, _DB.size)]
 
 
 def _walk(descriptor: int, page_size: int, roots: list[int]) -> str | None:
@@ -67,6 +73,8 @@ def _walk(descriptor: int, page_size: int, roots: list[int]) -> str | None:
             if node.begin != position:
                 return f"the nodes of page {number} do not lie side by side"
             position = node.end
+            if node.flags:
+                return f"a table in page {number} is not of the kind that it is"
             if node.leads_to is not None and node.leads_to != _NO_PAGE:
                 waiting.append(node.leads_to)
         if position != page_size:
@@ -77,13 +85,14 @@ def _walk(descriptor: int, page_size: int, roots: list[int]) -> str | None:
 def _nodes(page: bytes, lower: int, *, branch: bool) -> Iterator[_Node]:
     for (begin,) in struct.iter_unpack("=H", page[_PAGE_HEADER:lower]):
         low, high, flags, key_size = _NODE.unpack_from(page, begin)
-        size, leads_to = _NODE.size + key_size, None
+        size, leads_to, table_flags = _NODE.size + key_size, None, 0
         if branch:
             leads_to = low | high << 16 | flags << 32
         elif flags & _BIG:
             size += 8
         else:
             if flags & _SUBTREE:
-                leads_to = _DB.unpack_from(page, begin + size)[-1]
+                table = _DB.unpack_from(page, begin + size)
+                table_flags, leads_to = table[1], table[-1]
             size += low | high << 16
-        yield _Node(begin, begin + size + size % 2, leads_to)
+        yield _Node(begin, begin + size + size % 2, leads_to, table_flags)
