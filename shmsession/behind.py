@@ -196,7 +196,7 @@ class Behind:
             task.exception()  # whoever waited has it; if nobody waits any more, it is no news
 
     async def _load(self, handle: bytes) -> Record | Missing:
-        missed, losses, incarnation = self._clock.boot(), self._memory.outbox.losses(), self._environment.uuid
+        missed, losses, store = self._clock.boot(), self._memory.outbox.losses(), self._environment.uuid
         try:
             async with asyncio.timeout(self._load_seconds):
                 row = await self._backend.load(handle)
@@ -222,11 +222,11 @@ class Behind:
             raise BackendError(f"{self._backend.name} answered what is no row: {type(error).__name__}") from error
         if self._clock.now() >= header.expires:
             return self._note_missing(handle, missed)
-        found = self._memory.fill(handle, header, data, missed, incarnation)
+        found = self._memory.fill(handle, header, data, missed)
         if self._memory.outbox.losses() != losses:  # it came from before a loss: the backend is to have it again
             self._memory.outbox.send_again(handle)
         if found is None:
-            if self._clock.boot() - missed > STALE_FILL_MS or self._environment.uuid != incarnation:
+            if self._clock.boot() - missed > STALE_FILL_MS or self._environment.uuid != store:
                 raise BackendUnavailable(f"{self._backend.name} answered too late to be believed")
             raise StoreFull("the memory store has no room for a session of the backend: raise SHMSESSION_MAP_SIZE")
         return found

@@ -21,7 +21,7 @@ from shmsession.errors import StoreError, UnsafeStore
 from shmsession.memory import building, registry, salvage
 from shmsession.memory import environment as environments
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.memory.tables import LOSSES, PUT_BACK, RECALLED, sequence_key
+from shmsession.memory.tables import BUILT, LOSSES, PUT_BACK, RECALLED, sequence_key
 from shmsession.testing import ManualClock
 from tests.figures import report, rng, size
 from tests.memory import (
@@ -506,7 +506,9 @@ def test_every_clock_of_a_new_store_is_noted(base: Path) -> None:
     with closing(memory_store(base, clock)) as store:
         assert store.environment.epoch == clock.now()
         meta = contents(store).meta
-        assert meta.keys() == {b"format", b"epoch", b"uuid", b"size", b"check", b"clock", LOSSES, PUT_BACK, RECALLED}
+        notes = {BUILT, LOSSES, PUT_BACK, RECALLED}
+        assert meta.keys() == {b"format", b"epoch", b"uuid", b"size", b"check", b"clock", *notes}
         store.environment._quarantine(store.environment.open(), "a test says so")
         assert contents(store).meta[LOSSES] != meta[LOSSES], "a flusher may know losses of the store before"
+    assert meta[BUILT] == sequence_key(clock.boot())
     assert meta[LOSSES] == meta[PUT_BACK] == meta[RECALLED]

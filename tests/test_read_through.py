@@ -245,6 +245,24 @@ def test_a_session_that_was_asked_for_before_the_backend_forgot_it_is_sent_again
     host.agrees()
 
 
+def test_an_answer_from_before_a_rebuild_is_no_answer_in_time(host: Host) -> None:
+    """Nor is the store said to be full."""
+    send_and_forget(host, v=1)
+    answer = host.backend.load
+
+    async def load(handle: bytes) -> Row | None:
+        row = await answer(handle)
+        host.clock.advance(1)
+        host.memory.environment._quarantine(host.memory.environment.open(), "a test says so")
+        return row
+
+    host.backend.load = load  # type: ignore[method-assign]
+    with pytest.raises(BackendUnavailable, match="too late"):
+        asyncio.run(behind(host)._load_once(A))
+    host.backend.load = answer  # type: ignore[method-assign]
+    assert values_in(asyncio.run(behind(host)._load_once(A))) == {"v": 1}
+
+
 def test_no_answer_in_time_is_an_error(place: Path) -> None:
     with Host(place, backend := SlowBackend()) as host:
 

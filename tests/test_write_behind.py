@@ -152,6 +152,21 @@ def test_an_answer_that_comes_late_does_not_undo_a_commit(host: Host) -> None:
     assert values_in(host.read_through(A)) == {"v": 2}
 
 
+def test_an_answer_from_before_a_rebuild_is_not_believed(host: Host) -> None:
+    """What the backend has is not kept by a rebuild, however lately it changed: an older answer would undo it."""
+    host.create(A, v=1)
+    host.flush()
+    forget_in_memory(host)
+    slow = host.miss(A)
+    host.miss(A).arrives()
+    host.update(A, v=2)
+    host.flush()
+    build_anew(host)
+    assert host.load(A) is Missing.UNKNOWN
+    assert slow.arrives() is None
+    assert values_in(host.read_through(A)) == {"v": 2}
+
+
 def test_what_expires_while_it_waits_dies_in_the_backend_too(host: Host) -> None:
     """Its last commit was never sent; the backend has an older one, whose end may be later."""
     host.create(A, v=1)

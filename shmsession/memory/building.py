@@ -25,6 +25,7 @@ from shmsession.record import NO_PLACE, PLACE_BYTES, Header
 
 from . import place, salvage, structure
 from .tables import (
+    BUILT,
     LOSSES,
     NAMES,
     PUT_BACK,
@@ -236,6 +237,7 @@ class Building:
         txn.put(b"uuid", uuid4().bytes, db=tables.meta)
         txn.put(b"size", sequence_key(size), db=tables.meta)
         set_epoch(txn, tables, max(now, newest_epoch + 1))
+        txn.put(BUILT, sequence_key(self._clock.boot()), db=tables.meta)
         losses = number(os.urandom(6))  # a flusher that knew the store before is to know none of its losses again
         for name in (LOSSES, PUT_BACK, RECALLED):
             txn.put(name, sequence_key(losses), db=tables.meta)

@@ -33,7 +33,19 @@ from .outbox import Outbox
 from .place import default_directory
 from .seal import RecordSeal
 from .sweeping import Sweeper, any_due, clock_stepped
-from .tables import TOMBSTONE_CLASS, Tables, Txn, expiry_bound, index, number, remove, sequence_key, unindex, waits
+from .tables import (
+    BUILT,
+    TOMBSTONE_CLASS,
+    Tables,
+    Txn,
+    expiry_bound,
+    index,
+    number,
+    remove,
+    sequence_key,
+    unindex,
+    waits,
+)
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -179,23 +191,23 @@ class MemoryStore:
 
         return self._writer.write(work)
 
-    def fill(
-        self, handle: bytes, header: Header, data: bytes, missed: int, incarnation: bytes | None = None
-    ) -> Record | Missing | None:
-        """Keep what a backend answered to a miss at boot time `missed`, in this `incarnation` of the store; not dirty.
+    def fill(self, handle: bytes, header: Header, data: bytes, missed: int) -> Record | Missing | None:
+        """Keep what a backend answered to a miss at boot time `missed`; not dirty.
 
         Never over a tombstone or a newer record, which is returned instead; None when the answer is too old to be
-        believed, or there is no room. Another incarnation may know nothing of what ended since.
+        believed, or from before this environment was made, or there is no room.
         """
         boot = self._clock.boot()
         kept = header._replace(key_id=self._seal.key_id, changed=boot)
         record = self._seal.close(handle, kept, data)
 
         def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
-            if self._clock.boot() - missed > STALE_FILL_MS or incarnation not in (None, self.environment.uuid):
+            if self._clock.boot() - missed > STALE_FILL_MS:
                 return None
             if missed <= number(txn.get(b"cleared", db=tables.meta)) < missed + STALE_FILL_MS:  # type: ignore[arg-type]
                 return Missing.DEAD
+            if missed < number(txn.get(BUILT, db=tables.meta)) < missed + STALE_FILL_MS:  # type: ignore[arg-type]
+                return None  # a rebuild kept only what the backend lacked: a newer one may have been here
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
                 found = self._live(handle, raw, self._clock.now(), (txn, tables))  # type: ignore[arg-type]

@@ -23,6 +23,8 @@ LOSSES: Final = b"forgot"
 with which a store begins: no other store of this place has had it."""
 PUT_BACK: Final = b"put back"
 """The note up to which of these losses all was put back that this host's processes can read."""
+BUILT: Final = b"built"
+"""The note of the boot time at which the environment was made."""
 RECALLED: Final = b"recalled"
 """The note up to which of these losses all was put back."""
 
