@@ -106,11 +106,11 @@ class Sentinel:
         """Note it when the backend lost what it had acknowledged, by what our row replaced there."""
         before = answer.before
         if before is None or not answer.applied:
-            # All was lost, as the horizon will tell; or another flusher was faster, or another store took over.
+            # All was lost; or another flusher was faster, or another store took over.
             self.greeted = None
         if not answer.applied:
             return
-        if before is not None and (before.epoch, before.version) < (row.epoch, row.version - 1):
+        if before is None or (before.epoch, before.version) < (row.epoch, row.version - 1):
             self._note_loss()
         self._outbox.raise_note(_BEAT, row.version)
 

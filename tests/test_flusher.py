@@ -680,6 +680,22 @@ def test_a_zombie_crosses_off_nothing_that_was_forgotten_since(new_host: Callabl
         host.agrees()
 
 
+def test_a_zombie_that_was_about_to_greet_does_not_hide_that_the_backend_forgot(host: Host) -> None:
+    """It knew what stood there, nothing, and says so by a horizon that is kept though its row is refused."""
+    zombie = Running(host.flusher().round()).until("write")
+    flusher = host.flusher()
+    host.create(A)
+    host.flush(flusher)
+    host.backend.forget()
+    host.create(B)
+    sending = host.sending(B, flusher).until("write!")
+    with contextlib.suppress(BackendError):
+        zombie.finish()
+    sending.finish()
+    host.flush(flusher)
+    host.agrees()
+
+
 def test_a_zombie_does_not_make_older_what_was_acknowledged_since(host: Host) -> None:
     """It was stopped before it took note of its answer, and goes on much later: a backend that then falls back to a
     snapshot in between is still found to be older."""
