@@ -6,7 +6,7 @@ if sys.platform == "win32":  # pragma: no cover
     raise ImportError("shmsession needs Linux or macOS: shared memory and file locks work differently on Windows")
 
 from .codec import register_type
-from .config import CookieMode, SessionConfig, SessionMode
+from .config import CookieMode, OldCookie, SessionConfig, SessionMode
 from .errors import ShmSessionError
 from .keyring import Key
 from .session import Session
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CookieMode",
     "Key",
+    "OldCookie",
     "Session",
     "SessionConfig",
     "SessionMode",

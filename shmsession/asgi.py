@@ -50,6 +50,8 @@ class SessionMiddleware:
             return
         readonly = self._readonly is not None and self._readonly(scope["path"])
         credential: Any = partial(_cookie_header, scope["headers"])
+        if not self.store.transport.is_simple:
+            credential = partial(self.store.transport.presented, partial(_header, scope["headers"]), _peer(scope))
         if self.store.is_persistent:
             credential = await self.store.prefetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
@@ -167,13 +169,27 @@ def _cookie_header(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return found
 
 
+def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
+    """One header by its lower-case name; several as a list."""
+    if wanted == b"cookie":
+        return _cookie_header(headers)
+    found = [value for name, value in headers if name == wanted]
+    return b",".join(found) if found else None
+
+
+def _peer(scope: Scope) -> str:
+    """The address that the connection came from; "" for one by a unix socket."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
 def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: SessionStore) -> Message:
     if outcome.set_cookie is not None:
         store.note_scheme(scope.get("scheme", "http"))
     headers = message.get("headers", ())
     if type(headers) is not list:
         headers = list(headers)
-    return {**message, "headers": with_session_headers(headers, outcome.set_cookie)}
+    return {**message, "headers": with_session_headers(headers, outcome.headers, store.transport.vary)}
 
 
 async def _unavailable(send: Send, error: StoreError) -> None:

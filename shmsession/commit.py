@@ -3,18 +3,20 @@
 import contextlib
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from .clock import Clock
-from .config import SessionConfig
-from .cookies import Cookies
+from .config import SessionConfig, SessionMode
 from .errors import ReadOnlySession, ResponseStarted, SessionGone, ShmSessionError, StoreError, StoreFull
-from .hooks import CommitDropped, Hooks
-from .ids import handle_of, new_id
+from .headers import RawHeaders
+from .hooks import CommitDropped, Created, Hooks, Renewed
+from .ids import handle_of
 from .keyring import Keyring
 from .memory.store import MemoryStore, Missing
 from .record import USER_KEY, Changes, Record
 from .session import Session
+from .transport import NOTHING_PRESENTED, Presented, Transport
 
 logger = logging.getLogger("shmsession")
 
@@ -25,15 +27,20 @@ SWEEP_BATCH: Final = 100
 class Outcome(NamedTuple):
     """What a commit asks of the response. `vary`: the application looked at its session.
 
-    `through`: sessions that the backend should have heard of before the response leaves.
+    `through`: sessions that the backend should have heard of before the response leaves. `headers`: to be added.
     """
 
     vary: bool = False
-    set_cookie: str | None = None
+    headers: Sequence[tuple[bytes, bytes]] = ()
     through: tuple[bytes, ...] = ()
 
+    @property
+    def set_cookie(self) -> str | None:
+        """The first cookie among the headers."""
+        return next((value.decode("latin-1") for name, value in self.headers if name == b"set-cookie"), None)
+
     def __repr__(self) -> str:
-        return f"<Outcome, {'a' if self.set_cookie else 'no'} cookie>"
+        return f"<Outcome, {len(self.headers)} headers>"
 
 
 UNTOUCHED: Final = Outcome()
@@ -49,12 +56,14 @@ class Committer(ABC):
     _touch_interval: int
     is_persistent: bool
     writes_through: bool
+    mode: SessionMode
     _next_sweep = 0
+    _told_of_logins = False
 
     @property
     @abstractmethod
-    def cookies(self) -> Cookies:
-        """Writes the cookie."""
+    def transport(self) -> Transport:
+        """Writes what the client is to know."""
         ...
 
     @property
@@ -67,6 +76,11 @@ class Committer(ABC):
     @abstractmethod
     def memory(self) -> MemoryStore:
         """Where records are."""
+        ...
+
+    @abstractmethod
+    def new_id(self) -> str:
+        """An id that nobody has."""
         ...
 
     @abstractmethod
@@ -97,10 +111,10 @@ class Committer(ABC):
         else:
             self._commit(session, now)
         session.settle()
-        if not (session.owes_cookie or session.drops_cookie or session.through):
+        if not (session.owes_cookie or session.drops_cookie or session.through or session.consent is not None):
             return LOOKED if session.accessed else UNTOUCHED
         through, session.through = session.through, ()
-        return Outcome(session.accessed, self._cookie(session, now), through if self.is_persistent else ())
+        return Outcome(session.accessed, self._headers(session, now), through if self.is_persistent else ())
 
     def commit_failed(self, session: Session) -> None:
         """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
@@ -120,13 +134,21 @@ class Committer(ABC):
         if session.gone:
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
 
-    def _cookie(self, session: Session, now: int) -> str | None:
-        """The Set-Cookie that the response must carry."""
-        if session.headers_sent or session.gone:
-            return None
-        if session.owes_cookie and session.secret is not None:
-            return self.cookies.issue(session.secret, now)
-        return self.cookies.expire() if session.drops_cookie else None
+    def _headers(self, session: Session, now: int) -> RawHeaders:
+        """What the response must carry."""
+        if session.headers_sent:
+            return []
+        origin: Presented = session.origin or NOTHING_PRESENTED
+        headers: RawHeaders = []
+        if not session.gone and session.owes_cookie and session.secret is not None:
+            headers = self.transport.issue(session.secret, now, origin, longterm=session.longterm)
+        elif not session.gone and session.drops_cookie:
+            headers = self.transport.expire(origin)
+        if session.tells_choice:
+            assert session.consent is not None
+            headers = [*headers, *self.transport.choose(session.consent, origin)]
+            session.told()
+        return headers
 
     def _commit(self, session: Session, now: int) -> None:
         if session.is_emptied and session.raw_handle is not None:
@@ -166,21 +188,34 @@ class Committer(ABC):
         user = session.encoded_user
         if not (changes.set or user is not None or session.edits.create):
             return
+        if not (session.storable or self.mode is SessionMode.PERSISTENT):
+            self._keep_nothing(session)
+            return
         self._need_headers(session)
         if session.edits.logs_in and session.raw_handle is not None and not session.gone:
             self.memory.destroy(session.raw_handle, now)  # the backend could not say whose it is: nobody's any more
-        secret = new_id()
+        secret = self.new_id()
         handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
         record = self.memory.create(handle, changes._replace(set=stored), now)
-        if record is None:  # pragma: no cover  # 256 random bits met twice
-            raise StoreError("the operating system's random source repeats itself")
+        if record is None:
+            raise StoreError("a new session got an id that is in use: see that id_generator never gives one twice")
         session.committed(secret, handle, record, changes)
+        self.hooks.emit(Created(handle.hex(), logged_in=user is not None))
+
+    def _keep_nothing(self, session: Session) -> None:
+        """The visitor has not agreed to be remembered: what the request stored ends with it."""
+        if session.edits.logs_in and not self._told_of_logins:
+            self._told_of_logins = True
+            logger.warning(
+                "a login was not kept, for the visitor has not agreed to be remembered: call set_store(True) with it, "
+                "if your login page says so"
+            )
 
     def _renew(self, session: Session, record: Record, changes: Changes, now: int) -> None:
         self._need_headers(session)
         assert session.raw_handle is not None
-        secret, user = new_id(), session.encoded_user
+        secret, user = self.new_id(), session.encoded_user
         old, new = session.raw_handle, handle_of(secret)
         login = session.edits.logs_in
         found = self.memory.renew(old, new, record, changes, now, user, login=login)
@@ -193,6 +228,7 @@ class Committer(ABC):
             if self.writes_through:  # also when nothing was stored but the user
                 session.wait_for(new)
             session.committed(secret, new, found, changes)
+            self.hooks.emit(Renewed(new.hex(), old.hex(), logged_in=login))
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
         secret, handle = session.secret, session.raw_handle
@@ -212,6 +248,8 @@ class Committer(ABC):
             return
         if isinstance(found, Record):
             session.committed(secret, handle, found, changes)
+            if changes.longterm is not None and self.config.browser_session:
+                session.owes_cookie = True
         else:
             self._drop(session, changes, now)
 

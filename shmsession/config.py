@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from .errors import ConfigError
+from .ids import is_id
 from .keyring import Key, Keyring, load_or_create, parse_keys
 from .record import Lifetimes
 
@@ -24,6 +25,8 @@ PREFIX: Final = "SHMSESSION_"
 MIN_MAP_SIZE: Final = 1 << 20
 MAX_MAP_SIZE: Final = 1 << 40
 TOUCH_INTERVAL: Final = timedelta(seconds=60)
+MAX_PROXIES: Final = 16
+TRANSPORTS: Final = ("cookie", "header", "both")
 MAX_AGE: Final = timedelta(days=400)
 """RFC 6265bis: browsers cut a cookie's life at 400 days."""
 
@@ -35,7 +38,11 @@ _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 class SessionMode(Enum):
-    """When a session is kept. PERSISTENT: as soon as something is stored in it."""
+    """When a session is kept.
+
+    PERSISTENT: as soon as something is stored in it. OPT_IN: not beyond the request, until the visitor agrees
+    (`set_store(True)`). MANUAL: when the application calls `create()`, before which nothing can be stored in it.
+    """
 
     PERSISTENT = "persistent"
     OPT_IN = "opt_in"
@@ -43,11 +50,25 @@ class SessionMode(Enum):
 
 
 class CookieMode(Enum):
-    """What protects the id in the cookie. PRIVATE: AES-256-GCM."""
+    """What protects the id on its way. PRIVATE: AES-256-GCM. SIGNED: everybody can read it, nobody can make one up.
+    PLAIN: nothing but its length; whoever makes one up costs a look-up."""
 
     PRIVATE = "private"
     SIGNED = "signed"
     PLAIN = "plain"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OldCookie:
+    """What this site's cookie was before: it is still accepted, and replaced at the next commit.
+
+    `name` None: the same as now. What is accepted is as safe as the least of these: leave one out when its time is
+    over.
+    """
+
+    name: str | None = None
+    mode: CookieMode = CookieMode.PRIVATE
+    bind_to: tuple[str, ...] = ()
 
 
 def _setting(variable: str, parse: Callable[[str], T], default: T) -> T:
@@ -78,6 +99,12 @@ def _bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise ValueError("write a number, such as 1")
+    return int(text)
+
+
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("write 0 or 1")
@@ -99,6 +126,15 @@ def _keys(text: str) -> tuple[Key, ...]:
     if not keys:
         raise ValueError("holds no Key: write what Key.generate() prints, or unset it")
     return keys
+
+
+def _one_of(*words: str) -> Callable[[str], Any]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError("write " + " or ".join(words))
+        return text
+
+    return parse
 
 
 def _member(kind: type[Enum]) -> Callable[[str], Any]:
@@ -129,6 +165,26 @@ class SessionConfig:
     same_site: Literal["Lax", "Strict", "None"] = "Lax"
     http_only: bool = True
     partitioned: bool = False
+    browser_session: bool = False
+    """The cookie ends with the browser, unless the session is long-term."""
+    old_cookies: tuple[OldCookie, ...] = ()
+    """Cookies of an earlier name, mode or binding that are still accepted, so that a change logs nobody out."""
+    storable_cookie_name: str | None = None
+    """The readable cookie that says what a visitor chose. None: the session cookie's name and `-storable`."""
+    transport: Literal["cookie", "header", "both"] = _setting(
+        "TRANSPORT", _one_of("cookie", "header", "both"), "cookie"
+    )
+    """How the id travels. both: a request that has the header, be it empty, is answered by it; others by cookie."""
+    header_name: str = "X-Session"
+    """The header of requests and responses, with transport="header" or "both"."""
+    bind_to: tuple[str, ...] = ()
+    """A session is no session to a client with another "ip", or another "user_agent", than it was given to."""
+    trusted_proxies: int = _setting("TRUSTED_PROXIES", _count, 0)
+    """How many proxies stand in front of this server, each of which notes the address that asked it."""
+    proxy_header: Literal["X-Forwarded-For", "Forwarded", "X-Real-IP"] = "X-Forwarded-For"
+    """Where they note it."""
+    id_generator: Callable[[], object] | None = None
+    """Makes the ids of new sessions, such as uuid.uuid4. None: 32 random bytes."""
 
     lifespan: timedelta = _setting("LIFESPAN", _seconds, timedelta(hours=6))
     """A session ends when nobody looked at it for this long."""
@@ -177,8 +233,9 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_modes()
-        self._check_cookie()
+        self._check_cookie(self.effective_cookie_name, http_only=self.http_only)
+        self._check_cookie(self.effective_storable_cookie_name, http_only=False)
+        self._check_transport()
         self._check_times()
         if self.map_size is not None and not MIN_MAP_SIZE <= self.map_size <= MAX_MAP_SIZE:
             raise ConfigError(
@@ -197,11 +254,13 @@ class SessionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value:
                 object.__setattr__(self, name, Path(value))
-        for name in ("keys", "database_keys"):
+        for name, (kind, advice) in _SEQUENCES.items():
             value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(key, Key) for key in value):
-                raise ConfigError(f"{name}: write a sequence of Keys, such as (Key.parse(text),)")
+            if not isinstance(value, (list, tuple)) or not all(isinstance(one, kind) for one in value):
+                raise ConfigError(f"{name}: write a sequence of {advice}")
             object.__setattr__(self, name, tuple(value))
+        if not (self.id_generator is None or callable(self.id_generator)):
+            raise ConfigError("id_generator: write a function, such as uuid.uuid4, or None")
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: write {' or '.join(words)}")
@@ -210,16 +269,37 @@ class SessionConfig:
             if type(value) not in kinds and not (isinstance(value, Path) and type(None) in kinds):
                 raise ConfigError(f"{name} is {value!r}: write {advice}")
 
-    def _check_modes(self) -> None:
-        if self.mode is not SessionMode.PERSISTENT:
-            raise ConfigError(f"{PREFIX}MODE (mode) {self.mode.value}: this version has persistent only")
-        if self.cookie_mode is not CookieMode.PRIVATE:
+    def _check_transport(self) -> None:
+        if self.effective_storable_cookie_name == self.effective_cookie_name:
             raise ConfigError(
-                f"{PREFIX}COOKIE_MODE (cookie_mode) {self.cookie_mode.value}: this version has private only"
+                f"storable_cookie_name {self.storable_cookie_name!r}: give it another name than the session's"
             )
+        if self.transport != "cookie" and not _TOKEN.fullmatch(self.header_name):
+            raise ConfigError(f"header_name {self.header_name!r}: write up to 64 letters, digits and dashes")
+        self._check_binding("bind_to", self.bind_to, self.cookie_mode)
+        for old in self.old_cookies:
+            self._check_binding("old_cookies", old.bind_to, old.mode)
+            if old.name is not None and not _TOKEN.fullmatch(old.name):
+                raise ConfigError(f"old_cookies {old.name!r}: write the name that the cookie had")
+        if not 0 <= self.trusted_proxies <= MAX_PROXIES:
+            raise ConfigError(
+                f"{PREFIX}TRUSTED_PROXIES (trusted_proxies) is {self.trusted_proxies}: write 0 to {MAX_PROXIES}"
+            )
+        if self.id_generator is not None:
+            one, other = str(self.id_generator()), str(self.id_generator())
+            if not (is_id(one) and is_id(other)) or one == other:
+                raise ConfigError(
+                    "id_generator must give another id at each call, of 16 to 128 letters, digits, dots, dashes, "
+                    "underscores or tildes that nobody can guess, such as uuid.uuid4"
+                )
 
-    def _check_cookie(self) -> None:
-        name = self.effective_cookie_name
+    def _check_binding(self, what: str, bind_to: tuple[str, ...], mode: CookieMode) -> None:
+        if not set(bind_to) <= {"ip", "user_agent"}:
+            raise ConfigError(f'{what} {bind_to!r}: write "ip", "user_agent" or both')
+        if bind_to and mode is CookieMode.PLAIN:
+            raise ConfigError(f"{what} {bind_to!r}: a plain id can be bound to nothing: use private or signed")
+
+    def _check_cookie(self, name: str, *, http_only: bool) -> None:
         if not _TOKEN.fullmatch(name):
             raise ConfigError(f"cookie_name {name!r}: write up to 64 letters, digits, dashes or underscores")
         if self.same_site not in ("Lax", "Strict", "None"):
@@ -239,7 +319,7 @@ class SessionConfig:
             ):
                 if refused:
                     raise ConfigError(f"browsers refuse {what} without Secure: set secure=True ({PREFIX}SECURE=1)")
-        if name.lower().startswith(("__http-", "__host-http-")) and not self.http_only:
+        if name.lower().startswith(("__http-", "__host-http-")) and not http_only:
             raise ConfigError(f"browsers refuse the cookie {name!r} without HttpOnly: set http_only=True")
         if name.lower().startswith("__host-") and (self.domain is not None or self.path != "/"):
             raise ConfigError(
@@ -266,6 +346,12 @@ class SessionConfig:
         if self.cookie_name is not None:
             return self.cookie_name
         return "__Host-session" if self.secure else "session"
+
+    @property
+    def effective_storable_cookie_name(self) -> str:
+        """The name of the cookie that says what a visitor chose. Scripts read it, so it cannot promise HttpOnly."""
+        readable = re.sub("^__(?:Host-)?Http-", "__Secure-", self.effective_cookie_name, flags=re.IGNORECASE)
+        return self.storable_cookie_name or f"{readable}-storable"
 
     @property
     def effective_touch_interval(self) -> timedelta:
@@ -296,14 +382,23 @@ class SessionConfig:
 
 _WAITS: Final = ("through_timeout", "flush_interval", "load_timeout", "drain_timeout")
 """Times that have no variable."""
-_WORDS: Final = {"write": ("behind", "through"), "on_backend_error": ("unavailable", "anonymous")}
+_WORDS: Final = {
+    "write": ("behind", "through"), "on_backend_error": ("unavailable", "anonymous"),
+    "transport": TRANSPORTS, "proxy_header": ("X-Forwarded-For", "Forwarded", "X-Real-IP"),
+}  # fmt: skip
 
+_SEQUENCES: Final[dict[str, tuple[type, str]]] = {
+    **dict.fromkeys(("keys", "database_keys"), (Key, "Keys, such as (Key.parse(text),)")),
+    "bind_to": (str, 'words, such as ("ip", "user_agent")'),
+    "old_cookies": (OldCookie, 'OldCookies, such as (OldCookie(name="sid"),)'),
+}
 _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     **dict.fromkeys(
-        ("secure", "http_only", "partitioned", "save_on_error", "allow_shared"), ((bool,), "True or False")
+        ("secure", "http_only", "partitioned", "save_on_error", "allow_shared", "browser_session"),
+        ((bool,), "True or False"),
     ),
-    "path": ((str,), "a str"),
-    **dict.fromkeys(("cookie_name", "domain", "name"), ((str, type(None)), "a str or None")),
+    **dict.fromkeys(("path", "header_name"), ((str,), "a str")),
+    **dict.fromkeys(("cookie_name", "domain", "name", "storable_cookie_name"), ((str, type(None)), "a str or None")),
     **dict.fromkeys(
         ("lifespan", "max_lifespan", "memory_lifespan", *_WAITS),
         ((timedelta,), "a timedelta, such as timedelta(hours=6)"),
@@ -313,6 +408,7 @@ _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "cookie_mode": ((CookieMode,), "a CookieMode, such as CookieMode.PRIVATE"),
     "map_size": ((int, type(None)), "a number of bytes or None"),
     "max_size": ((int,), "a number of bytes"),
+    "trusted_proxies": ((int,), "how many proxies stand in front of this server"),
     "directory": ((type(None),), "a Path or None"),
     "key_file": ((type(None),), "a Path or None"),
 }

@@ -3,6 +3,7 @@
 ShmSessionError
 ├── ConfigError (ValueError)         a setting or a combination of settings that cannot work
 ├── NoSessionError (LookupError)     `Session.of` found no session: no middleware, or a skipped path
+├── NotCreated                       manual mode: something was stored before `create()`
 ├── SessionGone                      the session was destroyed or renewed by somebody else meanwhile
 ├── ReadOnlySession (TypeError)      a write on a read-only session
 ├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
@@ -30,6 +31,10 @@ class ConfigError(ShmSessionError, ValueError):
 
 class NoSessionError(ShmSessionError, LookupError):
     """`Session.of` was given a request that no SessionMiddleware has seen."""
+
+
+class NotCreated(ShmSessionError):
+    """In manual mode, a session was changed that nobody has created; nothing was written."""
 
 
 class SessionGone(ShmSessionError):

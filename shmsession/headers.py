@@ -1,5 +1,6 @@
 """What a session does to a response: its headers, and the answer when sessions are unavailable."""
 
+from collections.abc import Sequence
 from typing import Final
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -14,28 +15,28 @@ UNAVAILABLE: Final[RawHeaders] = [
 ]
 
 
-def with_session_headers(headers: RawHeaders, set_cookie: str | None) -> RawHeaders:
-    """A response's headers when the application looked at its session: `Vary: Cookie`, once.
+def with_session_headers(headers: RawHeaders, added: Sequence[tuple[bytes, bytes]], looked_at: bytes) -> RawHeaders:
+    """A response's headers when the application looked at its session: what its request was `looked_at` for is in Vary.
 
-    With `set_cookie` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
+    With something `added` also that, and `Cache-Control: no-store` in place of any other: nobody may keep it.
     """
-    if set_cookie is None:
+    if not added:
         for name, _ in headers:
             if len(name) == 4 and name.lower() == b"vary":
                 break
         else:
-            return [*headers, (b"vary", b"Cookie")]
-    result, vary = [], b"Cookie"
+            return [*headers, (b"vary", looked_at)]
+    result, vary = [], looked_at
     for name, value in headers:
         lowered = name.lower()
         if lowered == b"vary":
             vary = _joined(vary, value)
-        elif set_cookie is None or lowered not in (b"cache-control", b"expires", b"pragma"):
+        elif not added or lowered not in (b"cache-control", b"expires", b"pragma"):
             result.append((name, value))
     result.append((b"vary", vary))
-    if set_cookie is not None:
+    if added:
         result.append((b"cache-control", b"no-store"))
-        result.append((b"set-cookie", set_cookie.encode("latin-1")))
+        result += added
     return result
 
 

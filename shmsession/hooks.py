@@ -12,9 +12,44 @@ logger = logging.getLogger("shmsession")
 
 @dataclass(frozen=True, slots=True)
 class CookieRefused:
-    """A cookie was no session. `reason`: duplicate, malformed, unknown_key or forged."""
+    """A cookie, or a session's header, was no session.
+
+    `reason`: duplicate, malformed, unknown_key or forged. binding: it is bound to a client, and `bind_to` does not say
+    so, or the reverse. moved: it came from another client than it was given to, or is forged.
+    """
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A session began. `handle` in hex; `logged_in`: with a user."""
+
+    handle: str
+    logged_in: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """A session got a new id: `handle` in place of `former`, both in hex. `logged_in`: by a login."""
+
+    handle: str
+    former: str
+    logged_in: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Destroyed:
+    """A session was ended by the application, or by a visitor who does not agree to be remembered. `handle` in hex."""
+
+    handle: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """`count` sessions whose time was over were removed from memory. It may be noticed some time after they ended."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +102,10 @@ class BackendForgot:
     count: int
 
 
-Event = BackendForgot | CookieRefused | CommitDropped | Evicted | Flushed | FlushFailed | RecordCorrupt | Quarantined
+Event = (
+    BackendForgot | CookieRefused | CommitDropped | Created | Destroyed | Evicted | Expired | Flushed | FlushFailed
+    | RecordCorrupt | Renewed | Quarantined
+)  # fmt: skip
 
 
 class Hook(Protocol):

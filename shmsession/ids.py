@@ -1,26 +1,36 @@
 """Session ids and their handles."""
 
 import os
+import re
 from base64 import urlsafe_b64encode
 from hashlib import blake2b
+from typing import Final
 
-ID_BYTES = 32
-HANDLE_BYTES = 20
+ID_BYTES: Final = 32
+ID_CHARS: Final = 43
+HANDLE_BYTES: Final = 20
+
+_ID = re.compile(r"[A-Za-z0-9._~-]{16,128}")
 
 
-def new_id() -> bytes:
-    """A fresh secret id: 32 bytes from the operating system's random source."""
-    return os.urandom(ID_BYTES)
+def new_id() -> str:
+    """A fresh secret id: 32 bytes from the operating system's random source, as URL-safe text without padding."""
+    return text_of(os.urandom(ID_BYTES))
 
 
-def handle_of(session_id: bytes) -> bytes:
+def text_of(random: bytes) -> str:
+    """32 bytes as an id."""
+    return urlsafe_b64encode(random).rstrip(b"=").decode()
+
+
+def is_id(text: str) -> bool:
+    """Whether this can be an id: 16 to 128 letters, digits and any of . _ ~ - which need no quotes in a cookie."""
+    return _ID.fullmatch(text) is not None
+
+
+def handle_of(session_id: str) -> bytes:
     """The id's handle: BLAKE2b-160, personalised (RFC 7693). The only form of an id that is ever stored or shown."""
-    return blake2b(session_id, digest_size=HANDLE_BYTES, person=b"shmsession id").digest()
-
-
-def text_of(session_id: bytes) -> str:
-    """The id as URL-safe text without padding."""
-    return urlsafe_b64encode(session_id).rstrip(b"=").decode()
+    return blake2b(session_id.encode(), digest_size=HANDLE_BYTES, person=b"shmsession id").digest()
 
 
 def tag_of(user: bytes) -> bytes:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from hmac import compare_digest
 from pathlib import Path
@@ -77,7 +77,8 @@ class Keyring:
         self.newest_id: Final = keys[-1].id
         self._ciphers = {key.id: AESGCM(key.derive(purpose)) for key in keys}
         self._seal = self._ciphers[self.newest_id].encrypt
-        self._macs = {key.id: blake2b(key=key.derive("record"), digest_size=MAC_BYTES) for key in keys}
+        self.mac = self.macs("record")
+        """Keyed BLAKE2b-128 (RFC 7693) of a message, by Key id. Raises KeyError for an unknown Key."""
 
     def __contains__(self, key_id: bytes) -> bool:
         return key_id in self._ciphers
@@ -91,11 +92,16 @@ class Keyring:
         """What `seal` was given. Raises KeyError for an unknown Key, InvalidTag for anything altered."""
         return self._ciphers[key_id].decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
 
-    def mac(self, key_id: bytes, message: bytes) -> bytes:
-        """Keyed BLAKE2b-128 (RFC 7693) of `message`. Raises KeyError for an unknown Key."""
-        state = self._macs[key_id].copy()
-        state.update(message)
-        return state.digest()
+    def macs(self, purpose: str) -> Callable[[bytes, bytes], bytes]:
+        """`mac` for a purpose of its own."""
+        states = {key.id: blake2b(key=key.derive(purpose), digest_size=MAC_BYTES) for key in self.keys}
+
+        def mac(key_id: bytes, message: bytes) -> bytes:
+            state = states[key_id].copy()
+            state.update(message)
+            return state.digest()
+
+        return mac
 
     def __repr__(self) -> str:
         return f"<Keyring of {len(self.keys)}>"

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
 from .codec import decode, encode
-from .errors import ContentionError, NoSessionError, SessionGone, StoreError
-from .ids import text_of
+from .config import SessionMode
+from .errors import ContentionError, NoSessionError, NotCreated, ResponseStarted, SessionGone, StoreError
 from .record import LONGTERM, NEVER, STORABLE, Changes, Record
-from .working import KEEP, WorkingCopy
+from .working import KEEP, Edits, WorkingCopy
 
 T = TypeVar("T")
 
@@ -20,15 +20,18 @@ class Resolved(NamedTuple):
     """What a request's credential leads to: a stored session, none (`record` None), or one that is `gone`.
 
     A handle without a record that is not gone: nobody could say, and the request goes on without one.
-    `presented`: the request carried a session cookie, good or bad.
+    `presented`: the request carried a session token, good or bad. `origin`: what the transport is to be told when it
+    answers. `consent`: what the visitor chose before; None for nothing.
     """
 
-    session_id: bytes | None = None
+    session_id: str | None = None
     handle: bytes | None = None
     record: Record | None = None
     stale_cookie: bool = False
     gone: bool = False
     presented: bool = False
+    origin: Any = None
+    consent: bool | None = None
 
     def __repr__(self) -> str:
         return f"<Resolved {'to nothing' if self.handle is None else self.handle.hex()}>"
@@ -42,6 +45,7 @@ class Port(Protocol):
 
     max_size: int
     writes_through: bool
+    mode: SessionMode
 
     def resolve(self, credential: Any) -> Resolved:
         """The session that a request's credential names. Raises StoreError."""
@@ -75,10 +79,16 @@ class Session(WorkingCopy):
     drops_cookie = False
     unavailable = False
     """The store could not serve this session: a status 500 that the framework made of it is a 503."""
-    secret: bytes | None = None
+    secret: str | None = None
+    """The id."""
     raw_handle: bytes | None = None
     through: tuple[bytes, ...] = ()
     """Sessions for which the response waits until the backend has heard of them."""
+    origin: Any = None
+    """What the transport is to be told when it answers this request."""
+    consent: bool | None = None
+    """What the visitor chose in this request; None: nothing, or it is known to be so."""
+    _chosen: bool | None = None
     _presented = _stale_cookie = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -124,7 +134,8 @@ class Session(WorkingCopy):
 
     def start(self, found: Resolved) -> None:
         """Stand at what a credential led to."""
-        self.secret, self.raw_handle, record, self._stale_cookie, self.gone, self._presented = found
+        self.secret, self.raw_handle, record, self._stale_cookie, self.gone = found[:5]
+        self._presented, self.origin, self._chosen = found[5:]
         self.loaded = True
         self.drops_cookie = False
         self._reset(record)
@@ -144,7 +155,7 @@ class Session(WorkingCopy):
     def id(self) -> str | None:
         """The secret id as text; None until the session is stored. Never log it: `handle` is for that."""
         self._look()
-        return None if self.secret is None else text_of(self.secret)
+        return self.secret
 
     @property
     def handle(self) -> str | None:
@@ -188,10 +199,16 @@ class Session(WorkingCopy):
 
     @property
     def storable(self) -> bool:
-        """Whether a backend may have it (`set_store`)."""
+        """Whether it may be kept (`set_store`): by a backend in persistent mode, beyond the request in the others."""
         self._look()
-        stored = self.record is None or bool(self.record.header.flags & STORABLE)
-        return stored if self.edits.storable is None else self.edits.storable
+        if self.edits.storable is not None:
+            return self.edits.storable
+        if self.record is not None:
+            return bool(self.record.header.flags & STORABLE)
+        chosen = self._chosen if self.consent is None else self.consent
+        if self.port.mode is SessionMode.PERSISTENT:
+            return True
+        return chosen is True or (chosen is None and self.port.mode is SessionMode.MANUAL)
 
     @property
     def longterm(self) -> bool:
@@ -273,7 +290,7 @@ class Session(WorkingCopy):
     def destroy(self) -> None:
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
         object afterwards begins a new session, unless another request ended this one first: then it is dropped."""
-        self.edit()
+        super().edit()
         known = self.exists or self.gone
         if self.raw_handle is not None:
             killed = self._asked(self.port.kill, self.raw_handle)
@@ -283,14 +300,23 @@ class Session(WorkingCopy):
                 self.discard()
                 self.gone = True
                 return
-        self.gone = False
-        presented = self._presented
-        self.start(NOTHING)
-        self.drops_cookie = presented
+        self._stand_at_nothing()
+        self.drops_cookie = self._presented
+
+    def _stand_at_nothing(self) -> None:
+        """Without a session; how the request came stays known."""
+        self.start(Resolved(presented=self._presented, origin=self.origin, consent=self._chosen))
+
+    def edit(self) -> Edits:
+        """See WorkingCopy. Raises NotCreated in manual mode, before `create`."""
+        edits = super().edit()
+        if self.port.mode is SessionMode.MANUAL and self.record is None and not edits.create:
+            raise NotCreated("in manual mode a session is made by create(): call it before storing anything")
+        return edits
 
     def create(self) -> None:
-        """Store the session when this request commits, even if it is empty."""
-        edits = self.edit()
+        """Store the session when this request commits, even if it is empty. In opt-in mode the visitor must agree."""
+        edits = super().edit()
         edits.create = self.record is None
 
     def touch(self) -> None:
@@ -302,8 +328,25 @@ class Session(WorkingCopy):
         self.edit().longterm = bool(longterm)
 
     def set_store(self, storable: bool) -> None:
-        """Whether a backend may keep it (True) or it stays in memory only (False)."""
-        self.edit().storable = bool(storable)
+        """In persistent mode: whether a backend may keep it (True) or it stays in memory only (False).
+
+        In the others: whether the visitor agrees to be remembered. False erases the session everywhere, at once, as
+        `destroy` does; what is stored in this object afterwards does not outlive the request. A cookie that scripts can
+        read remembers the choice for six months.
+        """
+        edits = super().edit()
+        if self.port.mode is SessionMode.PERSISTENT:
+            edits.storable = bool(storable)
+        elif storable:
+            edits.storable = self.consent = True
+        else:
+            self.destroy()
+            self.consent = False
+            if self.headers_sent:
+                raise ResponseStarted(
+                    "the session is erased, but the response has begun, so that the choice cannot be remembered: call "
+                    "set_store(False) before the first byte"
+                )
 
     def save(self) -> None:
         """Commit to memory now, for websockets, streams and jobs.
@@ -324,12 +367,27 @@ class Session(WorkingCopy):
 
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def committed(self, session_id: bytes, handle: bytes, record: Record, changes: Changes) -> None:
+    def discard(self) -> None:
+        """See WorkingCopy. That the visitor agreed is forgotten too, that they did not is done."""
+        super().discard()
+        if self.consent:
+            self.consent = None
+
+    def committed(self, session_id: str, handle: bytes, record: Record, changes: Changes) -> None:
         """Stand at what was just committed."""
         self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self.secret
         self.secret, self.raw_handle = session_id, handle
         self._stale_cookie = self.drops_cookie = False
         self.moved_to(record, changes)
+
+    def told(self) -> None:
+        """The response carries what the visitor chose."""
+        self._chosen, self.consent = self.consent, None
+
+    @property
+    def tells_choice(self) -> bool:
+        """Whether the response must carry what the visitor chose, which the client does not know yet."""
+        return self.consent is not None and self.consent is not self._chosen
 
     def wait_for(self, handle: bytes) -> None:
         """Hold the response back until the backend has heard of this session."""
@@ -339,9 +397,10 @@ class Session(WorkingCopy):
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
         assigned, was = self.assigned(), self.edits
-        self.start(NOTHING)
-        edits = self.edit()
+        self._stand_at_nothing()
+        self.create()
         self.update(assigned)
+        edits = self.edits
         edits.user, edits.storable, edits.longterm, edits.renew = was.user, was.storable, was.longterm, True
 
 

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import threading
-from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,22 +17,33 @@ from .behind import Behind
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH, Committer
 from .config import PREFIX, SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
-from .cookies import Cookies, Ticket
 from .errors import BackendError, ConfigError, StoreError
 from .flusher import Flusher
-from .hooks import CookieRefused, Hook, Hooks
-from .ids import handle_of, text_of
+from .hooks import CookieRefused, Destroyed, Hook, Hooks
+from .ids import handle_of, is_id, new_id
 from .keyring import Keyring
 from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
 from .record import NEVER, Changes, Record
 from .rows import Rows
 from .session import NOTHING, Resolved, Session
+from .tokens import Ticket
+from .transport import Presented, Transport
 
 logger = logging.getLogger("shmsession")
 
-Credential = Callable[[], bytes]
-"""Gives a request's Cookie header, joined with "; " when there were several; called when the application looks."""
+Credential = Callable[[], bytes | Presented]
+"""Gives what a request carries of a session; called when the application looks. bytes: its Cookie header, joined with
+"; " when there were several."""
+
+
+Origin = tuple[Presented | None, bool | None]
+"""What a request carried, and what its visitor chose before."""
+NO_ORIGIN: Final[Origin] = (None, None)
+NOBODY: Final = Resolved(consent=True)
+"""Scripts and jobs that make a session know what they do."""
+PLAIN_FRESH_MS: Final = 200 * 86_400_000
+"""A plain token does not say when it was issued; from this age of its session on it is issued anew at every touch."""
 
 
 class Stats(NamedTuple):
@@ -92,6 +102,7 @@ class SessionStore(Committer):
         self.clock: Clock = clock or SystemClock()
         self.max_size = self.config.max_size
         self.writes_through = self.config.write == "through"
+        self.mode = self.config.mode
         self._touch_interval = max(1, milliseconds(self.config.effective_touch_interval))
         self._told_of_scheme = False
         if chosen == "none":
@@ -163,9 +174,20 @@ class SessionStore(Committer):
             )
 
     @cached_property
-    def cookies(self) -> Cookies:
-        """Reads and writes this store's cookie."""
-        return Cookies(self.config, self.keyring)
+    def transport(self) -> Transport:
+        """Reads and writes what belongs to this store's sessions in requests and responses."""
+        return Transport(self.config, self.keyring)
+
+    def new_id(self) -> str:
+        """See Committer. Raises StoreError when `id_generator` gives what is no id."""
+        if self.config.id_generator is None:
+            return new_id()
+        made = str(self.config.id_generator())
+        if not is_id(made):
+            raise StoreError(
+                "id_generator gave what is no id: 16 to 128 letters, digits, dots, dashes, underscores, tildes"
+            )
+        return made
 
     @property
     def memory(self) -> MemoryStore:
@@ -234,15 +256,9 @@ class SessionStore(Committer):
 
         An id that is unknown, ended or malformed gives an empty session that is not stored. Raises StoreError.
         """
-        session = Session(self)
-        if session_id is not None:
-            try:
-                secret = urlsafe_b64decode(session_id + "=" * (-len(session_id) % 4))
-            except ValueError:
-                secret = b""
-            if text_of(secret) != session_id:
-                secret = b""  # the decoder passes over what is no base64
-            session.start(self._find(Ticket(secret, handle_of(secret), NEVER), self.clock.now()))
+        session = Session(self, NOBODY)
+        if session_id is not None and is_id(session_id):
+            session.start(self._find(Ticket(session_id, handle_of(session_id), NEVER), self.clock.now(), NO_ORIGIN))
         return session
 
     def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
@@ -251,49 +267,58 @@ class SessionStore(Committer):
             return credential
         if isinstance(credential, StoreError):
             raise credential
-        ticket = self._ticket(credential)
-        return ticket if isinstance(ticket, Resolved) else self._find(ticket, self.clock.now())
+        ticket, origin = self._ticket(credential)
+        if isinstance(ticket, Ticket):
+            return self._find(ticket, self.clock.now(), origin)
+        return self._without(ticket, origin)
 
     async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
         """With a backend: what `resolve` is to be given later, by an application that cannot wait for it then."""
         if self._backend is None:
             return credential
         try:
-            ticket = self._ticket(credential)
-            if isinstance(ticket, Resolved):
-                return ticket
+            ticket, origin = self._ticket(credential)
+            if not isinstance(ticket, Ticket):
+                return self._without(ticket, origin)
             now = self.clock.now()
             found = self._in_memory(ticket, now)
             if found is not Missing.UNKNOWN:
-                return _resolved(ticket, found, now)
+                return _resolved(ticket, found, now, origin)
             try:
                 found = await self.behind.load_async(ticket.handle)
             except BackendError as error:
-                return self._unread(ticket, error)
-            return _resolved(ticket, found, self.clock.now())
+                return self._unread(ticket, error, origin)
+            return _resolved(ticket, found, self.clock.now(), origin)
         except StoreError as error:
             return error
 
-    def _ticket(self, credential: Credential) -> Ticket | Resolved:
-        ticket = self.cookies.read(credential())
-        if ticket is None:
-            return NOTHING
-        if isinstance(ticket, str):
-            self.hooks.emit(CookieRefused(ticket))
-            return _NO_SESSION
-        return ticket
+    def _ticket(self, credential: Credential) -> tuple[Ticket | str | None, Origin]:
+        presented = credential()
+        transport = self.transport
+        if transport.is_simple:
+            return transport.read(presented), NO_ORIGIN
+        if isinstance(presented, bytes):
+            presented = Presented(presented)
+        return transport.read(presented), (presented, transport.consent(presented))
 
-    def _find(self, ticket: Ticket, now: int) -> Resolved:
+    def _without(self, refused: str | None, origin: Origin) -> Resolved:
+        """A request that carries no token, or one that is refused for a reason."""
+        if refused is None:
+            return NOTHING if origin is NO_ORIGIN else Resolved(None, None, None, False, False, False, *origin)
+        self.hooks.emit(CookieRefused(refused))
+        return _REFUSED if origin is NO_ORIGIN else Resolved(None, None, None, False, False, True, *origin)
+
+    def _find(self, ticket: Ticket, now: int, origin: Origin) -> Resolved:
         if self._backend is None:
             memory = self._memory or self.memory  # spares a call
-            return _resolved(ticket, memory.load(ticket.handle, now), now)
+            return _resolved(ticket, memory.load(ticket.handle, now), now, origin)
         found = self._in_memory(ticket, now)
         if found is Missing.UNKNOWN:
             try:
                 found = self.behind.load(ticket.handle)
             except BackendError as error:
-                return self._unread(ticket, error)
-        return _resolved(ticket, found, now)
+                return self._unread(ticket, error, origin)
+        return _resolved(ticket, found, now, origin)
 
     def _in_memory(self, ticket: Ticket, now: int) -> Record | Missing:
         memory = self._memory or self.memory  # spares a call
@@ -301,11 +326,11 @@ class SessionStore(Committer):
         memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
         return found
 
-    def _unread(self, ticket: Ticket, error: BackendError) -> Resolved:
+    def _unread(self, ticket: Ticket, error: BackendError, origin: Origin) -> Resolved:
         """What a request gets whose session the backend may have, and cannot say."""
         if self.config.on_backend_error == "unavailable":
             raise error
-        return Resolved(None, ticket.handle, presented=True)
+        return Resolved(None, ticket.handle, None, False, False, True, *origin)
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
         """See `Port.swap`."""
@@ -333,6 +358,7 @@ class SessionStore(Committer):
         killed = self.memory.destroy(handle, self.clock.now())
         if killed is not None:
             self.wrote()
+            self.hooks.emit(Destroyed(killed.hex()))
         return killed
 
     def note_scheme(self, scheme: str) -> None:
@@ -416,14 +442,17 @@ class SessionStore(Committer):
         )  # fmt: skip
 
 
-def _resolved(ticket: Ticket, found: Record | Missing, now: int) -> Resolved:
+def _resolved(ticket: Ticket, found: Record | Missing, now: int, origin: Origin) -> Resolved:
     if isinstance(found, Missing):
         gone = found in (Missing.DEAD, Missing.RENEWED)
-        return Resolved(None, ticket.handle if gone else None, gone=gone, presented=True)
-    return Resolved(ticket.session_id, ticket.handle, found, now > ticket.stale_after, False, True)
+        return Resolved(None, ticket.handle if gone else None, None, False, gone, True, *origin)
+    stale_after = ticket.stale_after
+    if stale_after is None:
+        stale_after = found.header.created + PLAIN_FRESH_MS
+    return Resolved(ticket.session_id, ticket.handle, found, now > stale_after, False, True, *origin)
 
 
-_NO_SESSION: Final = Resolved(presented=True)
+_REFUSED: Final = Resolved(presented=True)
 _stores: "WeakSet[SessionStore]" = WeakSet()
 _inherited: list[Behind] = []
 """What a parent had open before a fork is kept: its end in the child would disturb the parent."""

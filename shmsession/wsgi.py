@@ -9,7 +9,7 @@ from .errors import StoreError
 from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, as_text, with_session_headers
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
-from .store import SessionStore
+from .store import Credential, SessionStore
 
 logger = logging.getLogger("shmsession")
 
@@ -43,7 +43,11 @@ class SessionMiddleware:
         if (held is not None and held.port is self.store) or (self._skip is not None and self._skip(path)):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
-        credential = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
+        credential: Credential = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
+        if not self.store.transport.is_simple:
+            credential = partial(
+                self.store.transport.presented, partial(_header, environ), environ.get("REMOTE_ADDR", "")
+            )
         session = self.store.request_session(credential, readonly=readonly)
         environ[ENVIRON_KEY] = session
         response = _Response(self.store, session, start_response, environ.get("wsgi.url_scheme", "http"))
@@ -99,7 +103,7 @@ class _Response:
             raise
         if outcome.vary:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            headers = as_text(with_session_headers(raw, outcome.set_cookie))
+            headers = as_text(with_session_headers(raw, outcome.headers, self._store.transport.vary))
         if outcome.through:
             self._store.sync.wait(outcome.through)
         if outcome.set_cookie is not None:
@@ -176,6 +180,12 @@ class _Response:
 
 def _cookie_header(header: str) -> bytes:
     return header.encode("latin-1", "replace")
+
+
+def _header(environ: Environ, wanted: bytes) -> bytes | None:
+    """One header by its lower-case name, as CGI has it."""
+    found = environ.get("HTTP_" + wanted.decode().upper().replace("-", "_"))
+    return None if found is None else found.encode("latin-1", "replace")
 
 
 def _close(body: Iterable[bytes]) -> None:

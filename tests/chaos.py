@@ -156,8 +156,8 @@ class Forger:
     """Cookies that lead to no session."""
 
     def __init__(self, store: SessionStore, random: Random) -> None:
-        self._seals = store.cookies
-        self._others = SessionStore(config=SessionConfig(keys=(Key.generate(),), secure=False, name="other")).cookies
+        self._seals = store.transport
+        self._others = SessionStore(config=SessionConfig(keys=(Key.generate(),), secure=False, name="other")).transport
         self._random = random
 
     def cookies(self, own: str | None, ended: Sequence[str]) -> dict[str, Mapping[str, str]]:

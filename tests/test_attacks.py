@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from shmsession import Key, Session, SessionStore
 from shmsession.asgi import SessionMiddleware
 from shmsession.errors import ReadOnlySession, StoreError, StoreFull
-from shmsession.hooks import Event, Hooks, Quarantined
+from shmsession.hooks import Created, Event, Hooks, Quarantined
 from shmsession.testing import ManualClock, make_store
 from shmsession.wsgi import SessionMiddleware as WsgiSessionMiddleware
 
@@ -32,7 +32,7 @@ def store(place: Path) -> Iterator[SessionStore]:
 
 def visit(store: SessionStore, cookie: str | None = None, *, readonly: bool = False) -> Session:
     """A request with this cookie."""
-    header = b"" if cookie is None else f"{store.cookies.name}={cookie}".encode()
+    header = b"" if cookie is None else f"{store.transport.name}={cookie}".encode()
     return store.request_session(lambda: header, readonly=readonly)
 
 
@@ -48,7 +48,7 @@ def stored(store: SessionStore, user: str | None = None, **data: Any) -> str:
 
 def cookie_of(store: SessionStore, session: Session) -> str:
     assert session.secret is not None
-    return store.cookies.value(session.secret, store.clock.now())
+    return store.transport.value(session.secret, store.clock.now())
 
 
 def test_two_logins_at_once_do_not_log_in_anybody_else(store: SessionStore) -> None:
@@ -127,8 +127,8 @@ def test_hooks_may_use_the_store_whatever_they_are_told(place: Path) -> None:
     opening = threading.Thread(target=store.open, daemon=True)
     opening.start()
     opening.join(60)
-    assert told == [Quarantined]
-    assert counts == [0]
+    assert told == [Created, Quarantined]
+    assert counts == [1, 0]
     store.close()
 
 
@@ -150,7 +150,7 @@ def test_an_exception_after_renew_logs_nobody_out_even_with_save_on_error(place:
     client = TestClient(app, raise_server_exceptions=False)
     assert client.get("/begin").status_code == 500
     assert store.count() == 1
-    client.cookies.set(store.cookies.name, cookie)
+    client.cookies.set(store.transport.name, cookie)
     assert client.get("/rotate").status_code == 500
     assert visit(store, cookie).user_id == "ada"
     client.get("/begin")
@@ -171,7 +171,7 @@ def test_a_store_that_cannot_serve_is_a_503_also_where_the_framework_makes_it_a_
     store.close()
     (place / "sessions").chmod(0o755)
     client = flask.test_client()
-    client.set_cookie(store.cookies.name, cookie)
+    client.set_cookie(store.transport.name, cookie)
     answer = client.get("/")
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]
@@ -307,12 +307,12 @@ def test_what_was_committed_while_the_store_was_being_rebuilt_is_applied_once(pl
 
 def test_nothing_that_is_shown_holds_an_id_or_a_cookie(store: SessionStore) -> None:
     cookie = stored(store, a="private")
-    header = f"{store.cookies.name}={cookie}".encode()
+    header = f"{store.transport.name}={cookie}".encode()
     session = visit(store, cookie)
     assert session["a"] == "private"
     session.renew()
     outcome = store.commit(session)
-    ticket = store.cookies.read(header)
+    ticket = store.transport.read(header)
     shown = " ".join(
         map(repr, (ticket, store.resolve(lambda: header), outcome, session, store, store.keyring, session.record))
     )
@@ -333,7 +333,7 @@ def test_a_cancelled_request_drops_its_changes_and_nothing_else(store: SessionSt
         await asyncio.Event().wait()
 
     async def run() -> None:
-        headers = [(b"cookie", f"{store.cookies.name}={cookie}".encode())]
+        headers = [(b"cookie", f"{store.transport.name}={cookie}".encode())]
         scope = {"type": "http", "path": "/", "headers": headers}
         task = asyncio.ensure_future(SessionMiddleware(app, store)(scope, None, None))  # type: ignore[arg-type]
         await reached.wait()
@@ -366,7 +366,7 @@ def test_a_middleware_within_a_middleware_of_the_same_store_leaves_the_session_t
     answer = client.get("/login")
     assert len(answer.headers.get_list("set-cookie")) == 1
     assert store.count() == 1
-    assert visit(store, client.cookies[store.cookies.name]).to_dict() == {"csrf": "token"}
+    assert visit(store, client.cookies[store.transport.name]).to_dict() == {"csrf": "token"}
 
 
 @pytest.mark.parametrize("end", ["destroy", "renew"])
@@ -411,7 +411,7 @@ def test_cookie_headers_that_a_server_joined_with_commas_are_read(store: Session
         start("200 OK", [])
         return [b""]
 
-    header = f"theme=dark,{store.cookies.name}={cookie},lang=en"
+    header = f"theme=dark,{store.transport.name}={cookie},lang=en"
     WsgiSessionMiddleware(app, store)({"PATH_INFO": "/", "HTTP_COOKIE": header}, lambda *_: lambda _: None)
     assert seen == [1]
 
@@ -539,7 +539,7 @@ def test_both_stores_of_one_directory_can_hear_of_a_rebuild(place: Path) -> None
     environment = first.memory.environment
     environment._quarantine(environment.open(), "said by a test")
     stored(first, a=2)
-    assert [type(event) for event in told] == [Quarantined]
+    assert [type(event) for event in told] == [Created, Quarantined, Created]
     first.close()
 
 
@@ -557,7 +557,7 @@ def test_what_cannot_be_kept_does_not_hide_the_application_s_own_exception(
     def full(*_: object) -> None:
         raise StoreFull("full")
 
-    environ = {"PATH_INFO": "/", "HTTP_COOKIE": f"{store.cookies.name}={cookie}"}
+    environ = {"PATH_INFO": "/", "HTTP_COOKIE": f"{store.transport.name}={cookie}"}
     with pytest.raises(RuntimeError, match="own"):
         WsgiSessionMiddleware(app, store)(environ, lambda *_: lambda _: None)
     store.close()

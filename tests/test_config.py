@@ -39,6 +39,12 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 GOOD: list[tuple[str, str, Any]] = [
     ("MODE", "persistent", SessionMode.PERSISTENT),
     ("COOKIE_MODE", "private", CookieMode.PRIVATE),
+    ("MODE", "opt_in", SessionMode.OPT_IN),
+    ("MODE", "manual", SessionMode.MANUAL),
+    ("COOKIE_MODE", "signed", CookieMode.SIGNED),
+    ("COOKIE_MODE", "plain", CookieMode.PLAIN),
+    ("TRANSPORT", "both", "both"),
+    ("TRUSTED_PROXIES", "2", 2),
     ("SECURE", "0", False),
     ("SECURE", " 1 ", True),
     ("LIFESPAN", "3600", timedelta(hours=1)),
@@ -70,7 +76,7 @@ def test_every_documented_variable_exists_and_is_tested() -> None:
     """The list of the documentation, no more and no less."""
     documented = {
         "MODE", "COOKIE_MODE", "SECURE", "LIFESPAN", "MAX_LIFESPAN", "ABSOLUTE_LIFESPAN", "MEMORY_LIFESPAN",
-        "MAP_SIZE", "KEY", "KEY_FILE", "DIR", "NAME",
+        "MAP_SIZE", "KEY", "KEY_FILE", "DIR", "NAME", "TRANSPORT", "TRUSTED_PROXIES",
     }  # fmt: skip
     assert set(VARIABLES) == {"SHMSESSION_" + name for name in documented}
     assert {name for name, *_ in GOOD} == documented == {name for name, *_ in BAD}
@@ -79,9 +85,12 @@ def test_every_documented_variable_exists_and_is_tested() -> None:
 BAD: list[tuple[str, str, str]] = [
     ("MODE", "", "write persistent or opt_in or manual"),
     ("MODE", "PERSISTENT", "write persistent"),
-    ("MODE", "opt_in", "persistent only"),
     ("COOKIE_MODE", "secret", "write private or signed or plain"),
-    ("COOKIE_MODE", "plain", "private only"),
+    ("TRANSPORT", "", "write cookie or header or both"),
+    ("TRANSPORT", "pigeon", "write cookie or header or both"),
+    ("TRUSTED_PROXIES", "", "write a number"),
+    ("TRUSTED_PROXIES", "-1", "write a number"),
+    ("TRUSTED_PROXIES", "17", "write 0 to 16"),
     ("SECURE", "", "write 0 or 1"),
     ("SECURE", "yes", "write 0 or 1"),
     ("SECURE", "true", "write 0 or 1"),
@@ -136,7 +145,7 @@ def test_code_wins_over_a_variable_even_over_a_bad_one(monkeypatch: pytest.Monke
         "mode": SessionMode.PERSISTENT, "cookie_mode": CookieMode.PRIVATE, "secure": False,
         "lifespan": timedelta(hours=1), "max_lifespan": timedelta(days=2), "absolute_lifespan": None,
         "memory_lifespan": timedelta(minutes=1), "map_size": None, "directory": None, "name": None, "keys": (ONE,),
-        "key_file": None,
+        "key_file": None, "transport": "cookie", "trusted_proxies": 0,
     }  # fmt: skip
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "?")
@@ -261,6 +270,10 @@ REFUSED_COOKIES: list[tuple[dict[str, Any], str]] = [
     ({"cookie_name": "x", "path": "/" + "x" * 1024}, "path"),
     ({"cookie_name": "x", "domain": "a; Secure"}, "domain"),
     ({"cookie_name": "x", "domain": ""}, "domain"),
+    ({"storable_cookie_name": "__Http-x"}, "without HttpOnly"),
+    ({"secure": False, "storable_cookie_name": "__Host-x"}, "without Secure"),
+    ({"storable_cookie_name": "a b"}, "cookie_name"),
+    ({"storable_cookie_name": "__Host-session"}, "needs another name"),
     ({"cookie_name": "x", "domain": "é.example"}, "domain"),
 ]
 

@@ -10,16 +10,24 @@ from shmsession.hooks import (
     BackendForgot,
     CommitDropped,
     CookieRefused,
+    Created,
+    Destroyed,
     Event,
     Evicted,
+    Expired,
     Flushed,
     FlushFailed,
     Hooks,
     Quarantined,
     RecordCorrupt,
+    Renewed,
 )
 
 EVENTS: list[Event] = [
+    Created("aa" * 20, logged_in=True),
+    Renewed("aa" * 20, "bb" * 20, logged_in=False),
+    Destroyed("aa" * 20),
+    Expired(2),
     CookieRefused("forged"),
     CommitDropped("aa" * 20),
     Evicted(3),
@@ -36,7 +44,7 @@ def test_every_hook_is_told_of_every_event_in_order() -> None:
     one: list[Event] = []
     two: list[Event] = []
     hooks = Hooks([one.append, two.append])
-    for event in [*EVENTS, EVENTS[0]]:
+    for event in [*EVENTS, EVENTS[4]]:
         hooks.emit(event)
     assert one == two == [*EVENTS, EVENTS[0]]
     assert hooks.counts == {

@@ -7,6 +7,7 @@ import pytest
 
 from shmsession import Session, SessionStore, asgi, wsgi
 from shmsession.asgi import Message, Receive, Scope, Send
+from shmsession.ids import text_of
 from shmsession.wsgi import Environ, StartResponse
 from tests.figures import report, size
 from tests.servers import ASGI, GTHREAD, UVICORN, Answer, Browser, Kind, Running, Serve, last_commit
@@ -82,8 +83,8 @@ def test_requests_without_a_cookie_leave_no_record(shm_store: SessionStore) -> N
 def test_requests_that_read_with_a_cookie_of_no_session_leave_no_record(shm_store: SessionStore) -> None:
     total = size(100_000, 5_000)
     before = last_commit(shm_store)
-    cookies = shm_store.cookies
-    unknown = f"{cookies.name}={cookies.value(bytes(32), shm_store.clock.now())}"
+    cookies = shm_store.transport
+    unknown = f"{cookies.name}={cookies.value(text_of(bytes(32)), shm_store.clock.now())}"
     call_wsgi(wsgi.SessionMiddleware(wsgi_reader, shm_store), total // 2, unknown)
     call_wsgi(wsgi.SessionMiddleware(wsgi_reader, shm_store), total - total // 2, f"{cookies.name}=junk")
     assert shm_store.count() == 0

@@ -50,9 +50,9 @@ def forgeries(server_store: SessionStore, valid: str, ended: str, random: random
         lambda: f'session="{valid}"',
         lambda: f"session={valid}=",
         lambda: f"session={valid.swapcase()}",
-        lambda: f"session={other_key.cookies.value(new_id(), now)}",
-        lambda: f"session={other_name.cookies.value(new_id(), now)}",
-        lambda: f"session={server_store.cookies.value(new_id(), now)}",  # our seal, and no such session
+        lambda: f"session={other_key.transport.value(new_id(), now)}",
+        lambda: f"session={other_name.transport.value(new_id(), now)}",
+        lambda: f"session={server_store.transport.value(new_id(), now)}",  # our seal, and no such session
         lambda: f"session={ended}",
         lambda: f"other={valid}; Session={valid}; xsession={valid}",
         lambda: f"session={valid}; session={valid}",

@@ -47,7 +47,7 @@ class Exchange:
     @property
     def cookie(self) -> bytes:
         """The session's cookie, as the next request sends it back."""
-        (found,) = (text for text in self.all("set-cookie") if text.startswith(self.store.cookies.name + "="))
+        (found,) = (text for text in self.all("set-cookie") if text.startswith(self.store.transport.name + "="))
         return found.partition(";")[0].encode()
 
 
@@ -357,7 +357,7 @@ def cookie_of_id(store: SessionStore, other: SessionStore, cookie: bytes) -> byt
     assert session.id is not None
     secret = session.secret
     assert secret is not None
-    return f"{store.cookies.name}={store.cookies.value(secret, store.clock.now())}".encode()
+    return f"{store.transport.name}={store.transport.value(secret, store.clock.now())}".encode()
 
 
 def test_wrapped_around_a_whole_starlette_a_full_store_is_503_as_well(shm_store: SessionStore) -> None:

@@ -36,7 +36,7 @@ class Exchange:
     @property
     def cookie(self) -> str:
         """The session's cookie, as the next request sends it back."""
-        (found,) = (text for text in self.headers.get_all("set-cookie") if text.startswith(self.store.cookies.name))
+        (found,) = (text for text in self.headers.get_all("set-cookie") if text.startswith(self.store.transport.name))
         return found.partition(";")[0]
 
 

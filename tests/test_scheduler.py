@@ -75,7 +75,7 @@ class World:
         self.memory = self.store.memory
         self.backend = backend
         self.seal = RecordSeal(self.store.keyring)
-        self.prefix = f"{self.store.cookies.name}="
+        self.prefix = f"{self.store.transport.name}="
 
     def wipe(self) -> None:
         def work(txn: Txn, tables: Tables) -> None:
@@ -126,7 +126,7 @@ class Run:
         if variant.backend:
             world.acknowledge()
         self.handle, self.start = first.raw_handle, first.record
-        cookie = (world.prefix + self.store.cookies.value(first.secret, self.clock.now())).encode()
+        cookie = (world.prefix + self.store.transport.value(first.secret, self.clock.now())).encode()
         self.requests = [Request(self.store.request_session(lambda: cookie)) for _ in range(2)]
         self.cookie = cookie
         self.began = self.clock.boot()
@@ -288,7 +288,7 @@ class Run:
         elif "Max-Age=0" in outcome.set_cookie:
             assert request.destroyed, "a cookie was removed by a request that destroyed nothing"
         else:
-            ticket = self.store.cookies.read(outcome.set_cookie.partition(";")[0].encode())
+            ticket = self.store.transport.read(outcome.set_cookie.partition(";")[0].encode())
             assert ticket is not None
             assert not isinstance(ticket, str)
             assert ticket.handle in request.given, "a response carries an id that the request was not given"

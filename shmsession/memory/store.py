@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull, Unreadable
-from shmsession.hooks import Event, Evicted, Hooks, Quarantined, RecordCorrupt
+from shmsession.hooks import Event, Evicted, Expired, Hooks, Quarantined, RecordCorrupt
 from shmsession.keyring import Keyring
 from shmsession.record import (
     HEADER_BYTES,
@@ -307,14 +307,19 @@ class MemoryStore:
 
         Pauses for five minutes after the wall clock stepped: what looks expired then may not be.
         """
-        boot = self._clock.boot()
+        boot, expired = self._clock.boot(), 0
 
         def work(limit: int, txn: Txn, tables: Tables) -> int:
-            return self._sweeper.sweep(txn, tables, now, boot, limit)
+            nonlocal expired
+            gone, expired = self._sweeper.sweep(txn, tables, now, boot, limit)
+            return gone
 
         if not self.environment.read(lambda txn, tables: any_due(txn, tables, now)):
             return 0
-        return self._writer.clean(work, limit)
+        gone = self._writer.clean(work, limit)
+        if gone and expired:
+            self._hooks.emit(Expired(expired))
+        return gone
 
     def trusts_clocks(self, now: int) -> bool:
         """Whether what looks expired is: not within five minutes after the wall clock stepped."""

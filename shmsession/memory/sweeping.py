@@ -45,15 +45,20 @@ class Sweeper:
         self._bury = bury
         self._backend = backend
 
-    def sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> int:
-        """Deal with up to `limit` due rows, unless a clock stepped; returns how many records went with them."""
+    def sweep(self, txn: Txn, tables: Tables, now: int, boot: int, limit: int) -> tuple[int, int]:
+        """Deal with up to `limit` due rows, unless a clock stepped.
+
+        Returns how many records went with them, and how many of these were sessions.
+        """
         if clock_stepped(txn, tables, now, boot):
-            return 0
-        gone = 0
+            return 0, 0
+        gone = expired = 0
         for kind in (ANONYMOUS_CLASS, LOGGED_IN_CLASS, TOMBSTONE_CLASS):
             rows = _due(txn, tables, kind, now, limit - gone)
-            gone += sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
-        return gone
+            swept = sum(self._sweep_row(txn, tables, row, now, boot) for row in rows)
+            gone += swept
+            expired += swept if kind != TOMBSTONE_CLASS else 0
+        return gone, expired
 
     def _sweep_row(self, txn: Txn, tables: Tables, row: bytes, now: int, boot: int) -> int:
         """Deal with one due row of the expiry table; 1 when a record went with it."""

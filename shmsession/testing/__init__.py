@@ -80,10 +80,10 @@ def login_cookie(store: SessionStore, data: Mapping[str, Any] | None = None, *, 
     for Flask's client: `client.set_cookie(name, value)`.
     """
     session = store.session()
-    session.update(data or {})
     session.create()
+    session.update(data or {})
     if user_id is not None:
         session.renew(user_id=user_id)
     session.save()
     assert session.secret is not None
-    return {store.cookies.name: store.cookies.value(session.secret, store.clock.now())}
+    return {store.transport.name: store.transport.value(session.secret, store.clock.now())}

@@ -1,0 +1,67 @@
+"""Who asks: a client's address, behind a declared number of proxies, and its user agent, as bytes to bind tokens to."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final
+
+from .config import SessionConfig
+
+REMEMBERED: Final = 1024
+IPV6_PREFIX: Final = 64
+"""Bits of an IPv6 address that count: the rest is the machine's own, which changes it every few hours (RFC 8981)."""
+
+_FORWARDED_FOR: Final = re.compile(r'(?:^|[;,])\s*for\s*=\s*("(?:[^"\\]|\\.)*"|[^;,\s]*)', re.IGNORECASE)
+_WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[\w.-]*)?|([\d.]+)(?::\d+)?")
+
+
+class Binding:
+    """Binds to the given of "ip" and "user_agent"; to nothing: every client is the same."""
+
+    def __init__(self, config: SessionConfig, bind_to: Sequence[str]) -> None:
+        self._proxies = config.trusted_proxies
+        self._header = config.proxy_header
+        self._ip, self._agent = "ip" in bind_to, "user_agent" in bind_to
+        self._digest = lru_cache(REMEMBERED)(self._digest_of)
+
+    def client(self, peer: str, forwarded: str, agent: bytes) -> bytes:
+        """17 bytes that stand for a client, or b"" when nothing is bound.
+
+        `peer` is the address of the connection, `forwarded` what the proxies' header says, with lists joined by commas.
+        """
+        if not (self._ip or self._agent):
+            return b""
+        return self._digest(self._address(peer, forwarded) if self._ip else "", agent if self._agent else b"")
+
+    def _address(self, peer: str, forwarded: str) -> str:
+        """Each proxy notes who asked it, at the end: what stands further in front anybody may have written."""
+        if not self._proxies or not forwarded:
+            return peer
+        if self._header == "Forwarded":
+            told: list[str] = [found.strip('"') for found in _FORWARDED_FOR.findall(forwarded)]
+        else:
+            told = forwarded.split(",")
+        return [*told, peer][-min(self._proxies, len(told)) - 1].strip()
+
+    @staticmethod
+    def _digest_of(address: str, agent: bytes) -> bytes:
+        network = network_of(address).encode()
+        parts = len(network).to_bytes(2, "big") + network + agent
+        return b"\0" + blake2b(parts, digest_size=16, person=b"shmsession who").digest()
+
+
+def network_of(address: str) -> str:
+    """An IPv4 address, an IPv6 address's network of 64 bits, or whatever else it was; ports and zones are left out."""
+    found = _WITH_PORT.fullmatch(address)
+    text = (found[1] or found[2]) if found else address
+    try:
+        parsed = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is None:
+            return str(ipaddress.ip_network((parsed, IPV6_PREFIX), strict=False))
+        parsed = parsed.ipv4_mapped
+    return str(parsed)
