@@ -7,8 +7,9 @@ from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 from .codec import decode, encode
 from .config import SessionMode
 from .errors import ContentionError, NoSessionError, NotCreated, ResponseStarted, SessionGone, StoreError
+from .flashes import Flashes
 from .record import LONGTERM, NEVER, STORABLE, Changes, Record
-from .working import KEEP, Edits, WorkingCopy
+from .working import KEEP, Edits
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Port(Protocol):
         ...
 
 
-class Session(WorkingCopy):
+class Session(Flashes):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
 
     # What is so until something happens: making and reading a session must cost next to nothing.
@@ -97,16 +98,18 @@ class Session(WorkingCopy):
         self.readonly = readonly
 
     @classmethod
-    def of(cls, request: Any) -> "Session":
+    def of(cls, request: Any, *, readonly: bool = False) -> "Session":
         """The session of a Starlette, FastAPI or Flask request, a Django request, an ASGI scope or a WSGI environ.
 
-        Raises NoSessionError when no SessionMiddleware has seen the request, or it was told to skip its path.
+        `readonly`: nobody can change it in this request from now on; whoever tries meets ReadOnlySession. Raises
+        NoSessionError when no SessionMiddleware has seen the request, or it was told to skip its path.
         """
         for holder in (request, *(getattr(request, name, None) for name in ("scope", "environ", "META"))):
             if isinstance(holder, Mapping):
                 for key in (ENVIRON_KEY, "session"):
                     found = holder.get(key)
                     if isinstance(found, cls):
+                        found.readonly = found.readonly or readonly
                         return found
         raise NoSessionError(
             "no session here: add shmsession.asgi.SessionMiddleware or shmsession.wsgi.SessionMiddleware to the "
@@ -399,7 +402,7 @@ class Session(WorkingCopy):
         assigned, was = self.assigned(), self.edits
         self._stand_at_nothing()
         self.create()
-        self.update(assigned)
+        self.assign(assigned)
         edits = self.edits
         edits.user, edits.storable, edits.longterm, edits.renew = was.user, was.storable, was.longterm, True
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ReadOnlySession, SessionTooLarge
-from .record import USER_KEY, Changes, Data, DataKey, Record, join
+from .record import USER_KEY, Changes, Data, DataKey, Record, join, pack_plain
 
 KEEP: Final = object()
 """In place of a user id: the one that is stored."""
@@ -25,8 +25,8 @@ class Edits:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.assigned: set[str] = set()
-        self.deleted: set[str] = set()
+        self.assigned: set[DataKey] = set()
+        self.deleted: set[DataKey] = set()
 
     @property
     def logs_in(self) -> bool:
@@ -121,6 +121,13 @@ class WorkingCopy(MutableMapping[str, Any]):
         if type(key) is not str:
             raise TypeError(f"session keys are str, not {type(key).__name__}")
         raw = encode(value, key)
+        self.put(key, raw)
+        self._seen[key] = value
+        if type(value) not in IMMUTABLE:
+            self._mutable[key] = None
+
+    def put(self, key: DataKey, raw: bytes) -> None:
+        """Assign an encoded value. Raises SessionTooLarge."""
         edits = self.edit()
         old = self._data.get(key)
         if old is None:
@@ -137,23 +144,28 @@ class WorkingCopy(MutableMapping[str, Any]):
             )
         edits.size = size
         self._data[key] = raw
-        self._seen[key] = value
         edits.assigned.add(key)
         edits.deleted.discard(key)
-        if type(value) not in IMMUTABLE:
-            self._mutable[key] = None
 
     def __delitem__(self, key: str) -> None:
-        edits = self.edit()
         if type(key) is not str:
+            self._look()
             raise KeyError(key)
-        edits.size -= _framed(self._data.pop(key)) + _name_size(key)
+        self.take(key)
+
+    def take(self, key: DataKey) -> bytes:
+        """Delete an encoded value, and return it. Raises KeyError."""
+        edits = self.edit()
+        raw = self._data.pop(key)
+        edits.size -= _framed(raw) + _name_size(key)
         self._forget(key)
         edits.deleted.add(key)
+        return raw
 
-    def _forget(self, key: str) -> None:
-        self._seen.pop(key, None)
-        self._mutable.pop(key, None)
+    def _forget(self, key: DataKey) -> None:
+        if isinstance(key, str):
+            self._seen.pop(key, None)
+            self._mutable.pop(key, None)
         self.edits.assigned.discard(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -234,9 +246,9 @@ class WorkingCopy(MutableMapping[str, Any]):
             raw = encode(self._seen[key], key)
             if raw != seen:
                 changed[key] = raw
-        for key in edits.assigned:
-            if key not in changed:
-                changed[key] = self._data[key]
+        for assigned in edits.assigned:
+            if assigned not in changed:
+                changed[assigned] = self._data[assigned]
         touch = touch or edits.touch
         changes = Changes(changed, edits.deleted, edits.cleared, touch, edits.storable, edits.longterm)
         return changes if changed or touch or edits.renew or edits.create or not changes.is_touch else None
@@ -244,7 +256,7 @@ class WorkingCopy(MutableMapping[str, Any]):
     @property
     def is_emptied(self) -> bool:
         """Whether `clear()` was called and nothing was stored since."""
-        return self.edits.cleared and not self.edits.logs_in and not len(self)
+        return self.edits.cleared and not self.edits.logs_in and not self._data
 
     @property
     def is_settled(self) -> bool:
@@ -262,9 +274,17 @@ class WorkingCopy(MutableMapping[str, Any]):
         seen = self._mutable.get(key)
         return seen is not None and encode(self._seen[key], key) != seen
 
-    def assigned(self) -> dict[str, Any]:
-        """What was assigned and not committed."""
-        return {key: self._seen[key] for key in self.edits.assigned}
+    def assigned(self) -> dict[DataKey, Any]:
+        """What was assigned and not committed; what the library keeps there stays encoded."""
+        return {key: self._seen[key] if isinstance(key, str) else self._data[key] for key in self.edits.assigned}
+
+    def assign(self, values: Mapping[DataKey, Any]) -> None:
+        """Assign what `assigned` returned."""
+        for key, value in values.items():
+            if isinstance(key, str):
+                self[key] = value
+            else:
+                self.put(key, value)
 
     # ── moving on ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -302,8 +322,10 @@ class WorkingCopy(MutableMapping[str, Any]):
                 self._seen[key] = value
 
 
-def _name_size(key: str) -> int:
+def _name_size(key: DataKey) -> int:
     """How many bytes a key takes in the record's map. Raises UnsupportedValue for one that UTF-8 cannot carry."""
+    if isinstance(key, int):
+        return len(pack_plain(key))
     if not key.isascii():
         return len(encode(key, key))
     size = len(key)

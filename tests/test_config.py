@@ -273,7 +273,7 @@ REFUSED_COOKIES: list[tuple[dict[str, Any], str]] = [
     ({"storable_cookie_name": "__Http-x"}, "without HttpOnly"),
     ({"secure": False, "storable_cookie_name": "__Host-x"}, "without Secure"),
     ({"storable_cookie_name": "a b"}, "cookie_name"),
-    ({"storable_cookie_name": "__Host-session"}, "needs another name"),
+    ({"storable_cookie_name": "__Host-session"}, "another name"),
     ({"cookie_name": "x", "domain": "é.example"}, "domain"),
 ]
 

@@ -46,17 +46,8 @@ def test_every_hook_is_told_of_every_event_in_order() -> None:
     hooks = Hooks([one.append, two.append])
     for event in [*EVENTS, EVENTS[4]]:
         hooks.emit(event)
-    assert one == two == [*EVENTS, EVENTS[0]]
-    assert hooks.counts == {
-        "CookieRefused": 2,
-        "CommitDropped": 1,
-        "Evicted": 1,
-        "RecordCorrupt": 1,
-        "Quarantined": 1,
-        "Flushed": 1,
-        "FlushFailed": 1,
-        "BackendForgot": 1,
-    }
+    assert one == two == [*EVENTS, EVENTS[4]]
+    assert hooks.counts == {type(event).__name__: 1 for event in EVENTS} | {"CookieRefused": 2}
 
 
 def test_a_hook_that_fails_is_logged_and_the_others_are_still_told(caplog: pytest.LogCaptureFixture) -> None:
