@@ -66,14 +66,16 @@ class Transport:
         self._consent = cookies.Writer(config, config.effective_storable_cookie_name, readable=True)
         self._max_age, self._ends_with_browser = config.max_age, config.browser_session
         self._by_header = _Accepted(b"", lru_cache(OPENED)(self._header_form.open), self._binding)
-        first = _Accepted(self.name.encode() + b"=", lru_cache(OPENED)(self._form.open), self._binding)
-        self._accepted = [first, *(self._accepts(config, old) for old in config.old_cookies)]
+        self._now = _Accepted(self.name.encode() + b"=", lru_cache(OPENED)(self._form.open), self._binding)
+        modes = [config.cookie_mode, *(old.mode for old in config.old_cookies)]
+        accepted = [self._now, *(self._accepts(config, old) for old in config.old_cookies)]
+        self._accepted = [one for _, one in sorted(zip(modes, accepted, strict=True), key=_plain_last)]
         self._old = {
-            accepted.needle: cookies.Writer(config, accepted.needle[:-1].decode())
-            for accepted in self._accepted
-            if accepted.needle != first.needle
+            one.needle: cookies.Writer(config, one.needle[:-1].decode())
+            for one in accepted
+            if one.needle != self._now.needle
         }
-        self.is_plain = CookieMode.PLAIN in (config.cookie_mode, *(old.mode for old in config.old_cookies))
+        self.is_plain = CookieMode.PLAIN in modes
         """Whether anybody can make up a token that is well formed."""
         self.is_simple = (
             config.transport == "cookie"
@@ -114,7 +116,7 @@ class Transport:
         """The ticket that a request carries, None for none, or a reason code. bytes: a Cookie header."""
         if isinstance(presented, bytes):
             if self.is_simple:
-                return self._read_cookie(presented, self._accepted[0], b"")
+                return self._read_cookie(presented, self._now, b"")
             presented = Presented(presented)
         if presented.header is not None:
             return self._opened(presented.header, self._by_header, presented) if presented.header else None
@@ -153,7 +155,7 @@ class Transport:
 
     def value(self, session_id: str, now: int, presented: Presented | None = None) -> str:
         """The token of a session as a cookie's value, issued at `now` milliseconds to whoever presented this."""
-        client = self._client(self._accepted[0], presented or NOTHING_PRESENTED)
+        client = self._client(self._now, presented or NOTHING_PRESENTED)
         return self._form.write(session_id, now, client)
 
     def issue(self, session_id: str, now: int, presented: Presented, *, longterm: bool) -> RawHeaders:
@@ -187,6 +189,11 @@ class Transport:
             for needle, writer in self._old.items()
             if cookies.find(presented.cookie, needle) is not None
         ]
+
+
+def _plain_last(accepted: tuple[CookieMode, _Accepted]) -> bool:
+    """A plain token looks like any: what can be told from it is tried before."""
+    return accepted[0] is CookieMode.PLAIN
 
 
 def _set(cookie: str) -> tuple[bytes, bytes]:

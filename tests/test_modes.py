@@ -1,0 +1,391 @@
+"""When a session is kept: always, when the visitor agrees, or when the application says so; and how it is erased."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmsession import Key, Session, SessionConfig, SessionMode, SessionStore
+from shmsession.errors import NotCreated, ResponseStarted
+from shmsession.hooks import Created, Destroyed, Event
+from shmsession.memory.tables import Tables, Txn
+from shmsession.testing import make_store
+from tests.asking import PROTOCOLS, Visitor
+
+MARK = "the visitor's own words"
+
+
+@pytest.fixture(params=PROTOCOLS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["cookie", "header"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+Come = Callable[..., Visitor]
+
+
+@pytest.fixture
+def come(place: Path, protocol: str, transport: str) -> Iterator[Come]:
+    """A visitor of a store in a mode."""
+    stores: list[SessionStore] = []
+
+    def visitor(mode: SessionMode, **settings: Any) -> Visitor:
+        stores.append(make_store(place / f"s{len(stores)}", mode=mode, transport=transport, **settings))
+        return Visitor(stores[-1], protocol, header="X-Session" if transport == "header" else None)
+
+    yield visitor
+    for store in stores:
+        store.close()
+
+
+def put(session: Session) -> None:
+    session["v"] = MARK
+
+
+def accept(session: Session) -> None:
+    session.set_store(True)
+
+
+def decline(session: Session) -> None:
+    session.set_store(False)
+
+
+def has_nothing(visitor: Visitor) -> bool:
+    """Whether the client was given no session."""
+    return "session" not in visitor.cookies and not visitor.token
+
+
+def consent_of(visitor: Visitor) -> str | None:
+    return visitor.consent if visitor.name else visitor.cookies.get("session-storable")
+
+
+# ── opt-in ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_before_the_visitor_agrees_nothing_outlives_the_request(come: Come) -> None:
+    """The application need not ask: what it stores is there until its response, and then nowhere."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def use(session: Session) -> dict[str, Any]:
+        session["v"] = MARK
+        session.setdefault("cart", []).append("tea")
+        session.increment("n")
+        session.create()
+        return session.to_dict()
+
+    answer = visitor.ask(use)
+    assert answer.result == {"v": MARK, "cart": ["tea"], "n": 1}
+    assert has_nothing(visitor)
+    assert consent_of(visitor) is None
+    assert answer.header("vary")
+    assert visitor.data() == {}
+    assert visitor.store.count() == 0
+
+
+def test_with_consent_the_session_is_kept_and_the_choice_remembered(come: Come) -> None:
+    """Also by sessions to come: who agreed once need not be asked again."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def agree(session: Session) -> tuple[bool, bool]:
+        before = session.storable
+        session.set_store(True)
+        session["v"] = MARK
+        return before, session.storable
+
+    assert visitor.ask(agree).result == (False, True)
+    assert consent_of(visitor) == "true"
+    assert visitor.data() == {"v": MARK}
+    visitor.ask(lambda session: session.destroy())
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "true"
+    visitor.ask(put)
+    assert visitor.data() == {"v": MARK}
+    assert visitor.ask(accept).all("set-cookie") == [], "it is known"
+
+
+def test_agreeing_alone_stores_no_session(come: Come) -> None:
+    """Only the choice: sessions are never created empty."""
+    visitor = come(SessionMode.OPT_IN)
+    visitor.ask(accept)
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "true"
+    assert visitor.store.count() == 0
+
+
+@pytest.mark.parametrize("mode", [SessionMode.OPT_IN, SessionMode.MANUAL])
+def test_withdrawn_consent_erases_the_session_at_once_and_for_good(come: Come, mode: SessionMode) -> None:
+    """Even when the response fails; what is stored afterwards does not outlive the request, nor do later ones store."""
+    visitor = come(mode)
+
+    def agree(session: Session) -> None:
+        session.create()
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(agree)
+    cookies, token = dict(visitor.cookies), visitor.token
+
+    def withdraw(session: Session) -> tuple[int, dict[str, Any]]:
+        session.set_store(False)
+        session.create()
+        session["late"] = MARK
+        return visitor.store.count(), session.to_dict()
+
+    assert visitor.ask(withdraw, status=500).result == (0, {"late": MARK})
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "false"
+
+    def use(session: Session) -> bool:
+        session.create()
+        session["v"] = MARK
+        return session.storable
+
+    assert visitor.ask(use).result is False
+    assert has_nothing(visitor)
+    visitor.cookies, visitor.token = cookies, token
+    assert visitor.data() == {}
+    assert visitor.store.count() == 0
+
+
+def test_consent_that_a_failed_request_gave_is_not_given(come: Come) -> None:
+    """As with every other change; to withdraw it is never undone."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def agree(session: Session) -> None:
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(agree, status=500)
+    assert has_nothing(visitor)
+    assert consent_of(visitor) is None
+
+
+def test_who_declines_is_not_asked_again(come: Come) -> None:
+    """The choice is kept without a session."""
+    visitor = come(SessionMode.OPT_IN)
+    visitor.ask(decline)
+    assert consent_of(visitor) == "false"
+    assert visitor.ask(lambda session: session.storable).result is False
+    visitor.ask(put)
+    assert has_nothing(visitor)
+
+    def change_of_mind(session: Session) -> None:
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(change_of_mind)
+    assert (consent_of(visitor), visitor.data()) == ("true", {"v": MARK})
+
+
+def test_the_last_word_of_a_request_counts(come: Come) -> None:
+    visitor = come(SessionMode.OPT_IN)
+
+    def to_and_fro(session: Session) -> None:
+        for choice in (True, False, True, False):
+            session.set_store(choice)
+            session["v"] = MARK
+
+    visitor.ask(to_and_fro)
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "false"
+
+    def back(session: Session) -> None:
+        to_and_fro(session)
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(back)
+    assert (consent_of(visitor), visitor.data()) == ("true", {"v": MARK})
+
+
+def test_a_login_without_consent_is_not_kept_and_told_once(come: Come, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever writes the login page should say there that logging in means to be remembered."""
+    visitor = come(SessionMode.OPT_IN)
+    for _ in range(3):
+        visitor.ask(lambda session: session.renew(user_id="ada"))
+    assert has_nothing(visitor)
+    assert [record.message for record in caplog.records if "set_store(True)" in record.message] != []
+    assert len([record for record in caplog.records if "login" in record.message]) == 1
+
+    def log_in(session: Session) -> None:
+        session.set_store(True)
+        session.renew(user_id="ada")
+
+    visitor.ask(log_in)
+    assert visitor.ask(lambda session: session.user_id).result == "ada"
+
+
+def test_a_choice_that_is_none_is_no_choice(come: Come) -> None:
+    """Whatever a script, or somebody else, wrote there."""
+    visitor = come(SessionMode.OPT_IN)
+    for junk in ("TRUE", "1", "", "true x", "yes"):
+        visitor.cookies["session-storable"] = visitor.consent = junk
+        visitor.ask(put)
+        assert has_nothing(visitor)
+
+
+# ── manual ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_in_manual_mode_storing_before_create_is_an_error_that_names_it(come: Come) -> None:
+    """Reading is none: an empty session is what there is."""
+    visitor = come(SessionMode.MANUAL)
+
+    def try_all(session: Session) -> list[str]:
+        assert session.get("v") is None
+        assert not session.exists
+        refused = []
+        for verb in (
+            lambda: session.update(v=1), lambda: session.increment("n"), lambda: session.setdefault("a", []),
+            lambda: session.renew(user_id="ada"), lambda: session.touch(), lambda: session.set_longterm(True),
+            lambda: session.clear(), lambda: session.flash("hello"),
+        ):  # fmt: skip
+            with pytest.raises(NotCreated, match=r"create\(\)") as error:
+                verb()
+            refused.append(str(error.value))
+        return refused
+
+    assert len(visitor.ask(try_all).result) == 8
+    assert has_nothing(visitor)
+
+    def create(session: Session) -> None:
+        session.create()
+        session["v"] = MARK
+
+    visitor.ask(create)
+    assert consent_of(visitor) is None
+    assert visitor.data() == {"v": MARK}
+    visitor.ask(lambda session: session.update(w=1))
+    assert visitor.ask(lambda session: (session.exists, session.to_dict())).result == (True, {"v": MARK, "w": 1})
+
+
+def test_a_manual_session_can_be_created_empty_and_is_gone_after_destroy(come: Come) -> None:
+    visitor = come(SessionMode.MANUAL)
+    visitor.ask(lambda session: session.create())
+    assert visitor.ask(lambda session: session.exists).result
+
+    def destroy(session: Session) -> None:
+        session.destroy()
+        with pytest.raises(NotCreated):
+            session["v"] = 1
+
+    visitor.ask(destroy)
+    assert has_nothing(visitor)
+
+
+# ── persistent ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_in_persistent_mode_no_choice_is_read_or_written(come: Come) -> None:
+    """set_store(False) keeps a session in memory; nobody was asked for consent."""
+    visitor = come(SessionMode.PERSISTENT)
+    visitor.cookies["session-storable"] = visitor.consent = "false"
+    visitor.ask(put)
+
+    def memory_only(session: Session) -> None:
+        session.set_store(False)
+
+    answer = visitor.ask(memory_only)
+    assert answer.all("set-cookie") == []
+    assert visitor.data() == {"v": MARK}
+    assert visitor.ask(lambda session: session.storable).result is False
+
+
+# ── scripts, sockets, hooks ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_script_needs_no_consent_of_anybody(place: Path) -> None:
+    """Whoever makes a session by hand knows what for."""
+    with make_store(place, mode=SessionMode.OPT_IN) as store:
+        session = store.session()
+        session["v"] = 1
+        session.save()
+        assert store.session(session.id)["v"] == 1
+
+
+def test_a_choice_that_comes_too_late_to_be_remembered_is_an_error_and_erases_all_the_same(place: Path) -> None:
+    """After the headers of a stream, or on an open websocket."""
+    with make_store(place, mode=SessionMode.OPT_IN) as store:
+        visitor = Visitor(store)
+
+        def agree(session: Session) -> None:
+            session.set_store(True)
+            session["v"] = MARK
+
+        visitor.ask(agree)
+        header = "; ".join(f"{name}={value}" for name, value in visitor.cookies.items()).encode()
+        session = store.request_session(lambda: header)
+        assert session["v"] == MARK
+        session.headers_sent = True
+        with pytest.raises(ResponseStarted, match="erased"):
+            session.set_store(False)
+        assert store.count() == 0
+
+
+def test_hooks_hear_of_sessions_that_begin_and_end(place: Path) -> None:
+    events: list[Event] = []
+    with make_store(place, mode=SessionMode.OPT_IN) as store:
+        store.hooks._hooks = (events.append,)
+        visitor = Visitor(store)
+        visitor.ask(put)
+        assert events == []
+
+        def agree(session: Session) -> None:
+            session.set_store(True)
+            session["v"] = MARK
+
+        visitor.ask(agree)
+        handle = visitor.ask(lambda session: session.handle).result
+        visitor.ask(decline)
+        assert events == [Created(handle, logged_in=False), Destroyed(handle)]
+
+
+# ── nothing is left ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def live_bytes(store: SessionStore) -> bytes:
+    """Everything in every table of the memory store, as LMDB serves it."""
+
+    def work(txn: Txn, tables: Tables) -> bytes:
+        return b"".join(bytes(key) + bytes(value) for table in tables for key, value in txn.cursor(table))
+
+    return store.memory.environment.read(work)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_after_withdrawal_and_a_flush_memory_and_sqlite_hold_no_trace(place: Path, protocol: str) -> None:
+    """LMDB's live pages, the outbox, the file of SQLite and its log, once that has been written back."""
+    file = place / "sessions.db"
+    config = SessionConfig(
+        directory=place / "s", name="test", map_size=4 << 20, secure=False, keys=(Key.generate(),),
+        mode=SessionMode.OPT_IN, flush_interval=timedelta(seconds=60),
+    )  # fmt: skip
+    with SessionStore(f"sqlite:///{file}", config=config) as store:
+        visitor = Visitor(store, protocol)
+
+        def agree(session: Session) -> None:
+            session.set_store(True)
+            session["v"] = MARK
+            session.renew(user_id=f"user {MARK}")
+            session.flash(MARK)
+
+        visitor.ask(agree)
+        assert asyncio.run(store.flush())
+        assert MARK.encode() in live_bytes(store)
+        assert MARK.encode() in b"".join(path.read_bytes() for path in place.glob("sessions.db*"))
+        visitor.ask(decline)
+        assert asyncio.run(store.flush())
+        assert MARK.encode() not in live_bytes(store)
+        assert len(store.memory.outbox) == 0
+    with sqlite3.connect(file) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    assert MARK.encode() not in b"".join(path.read_bytes() for path in place.glob("sessions.db*"))
