@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from ._portal import Portal
+from .acquaintance import Acquaintance
 from .backends.base import Backend, State
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
@@ -40,7 +41,7 @@ class Behind:
 
     def __init__(
         self, memory: MemoryStore, backend: Backend, rows: Rows, clock: Clock, make_flusher: Callable[[], Flusher],
-        *, load_seconds: float,
+        *, load_seconds: float, acquaintance: Acquaintance | None = None,
     ) -> None:  # fmt: skip
         self._memory = memory
         self._environment = memory.environment
@@ -49,6 +50,7 @@ class Behind:
         self._clock = clock
         self._make_flusher = make_flusher
         self._load_seconds = load_seconds
+        self.acquaintance = acquaintance or Acquaintance(memory, backend, clock, wanted=False)
         self._bell = Doorbell(memory.environment.path)
         self._starting = threading.Lock()
         self._portal: Portal | None = None

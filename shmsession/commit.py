@@ -89,6 +89,11 @@ class Committer(ABC):
         ...
 
     @abstractmethod
+    def issued(self, handle: bytes) -> None:
+        """A session is about to get a token, or to be known by its id."""
+        ...
+
+    @abstractmethod
     def refill(self, handle: bytes) -> bool:
         """Whether the backend had a session that left memory while a request held it; then it is there again.
 
@@ -141,6 +146,8 @@ class Committer(ABC):
         origin: Presented = session.origin or NOTHING_PRESENTED
         headers: RawHeaders = []
         if not session.gone and session.owes_cookie and session.secret is not None:
+            assert session.raw_handle is not None
+            self.issued(session.raw_handle)
             headers = self.transport.issue(session.secret, now, origin, longterm=session.longterm)
         elif not session.gone and session.drops_cookie:
             headers = self.transport.expire(origin)
@@ -200,6 +207,7 @@ class Committer(ABC):
         record = self.memory.create(handle, changes._replace(set=stored), now)
         if record is None:
             raise StoreError("a new session got an id that is in use: see that id_generator never gives one twice")
+        self.issued(handle)
         session.committed(secret, handle, record, changes)
         self.hooks.emit(Created(handle.hex(), logged_in=user is not None))
 
@@ -227,6 +235,7 @@ class Committer(ABC):
             session.wait_for(old)
             if self.writes_through:  # also when nothing was stored but the user
                 session.wait_for(new)
+            self.issued(new)
             session.committed(secret, new, found, changes)
             self.hooks.emit(Renewed(new.hex(), old.hex(), logged_in=login))
 

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
+from .acquaintance import Acquaintance
 from .backends.base import Answer, Backend, Row, State
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError
@@ -60,7 +61,7 @@ class Flusher:
 
     def __init__(
         self, memory: MemoryStore, backend: Backend, rows: Rows, clock: Clock, hooks: Hooks, *, interval: float,
-        memory_lifespan: int, shared: bool = False,
+        memory_lifespan: int, shared: bool = False, acquaintance: Acquaintance | None = None,
     ) -> None:  # fmt: skip
         self._memory = memory
         self._environment = memory.environment
@@ -74,6 +75,7 @@ class Flusher:
         self._lease = Lease(memory.environment, clock)
         self.holds_lease = False
         self._sentinel = Sentinel(memory, backend, clock, shared=shared)
+        self._acquaintance = acquaintance
         self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_look = 0
         self._failures = 0
@@ -376,6 +378,8 @@ class Flusher:
         # What the last answer has shown the backend to have lost is noted at the next look at it.
         if boot >= self._next_retire and self._sentinel.greeted is not None:
             await self._retire(boot, now)
+        if self._acquaintance is not None:
+            await self._acquaintance.refresh()
 
     async def _retire(self, boot: int, now: int) -> None:
         for _ in range(RETIRE_CHUNKS):

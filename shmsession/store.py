@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 from weakref import WeakSet
 
+from .acquaintance import Acquaintance
 from .backends import Backend, connect
 from .behind import Behind
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH, Committer
-from .config import PREFIX, SessionConfig, backend_url, default_name, milliseconds, warn_of_unknown_variables
+from .config import (
+    PREFIX,
+    CookieMode,
+    SessionConfig,
+    backend_url,
+    default_name,
+    milliseconds,
+    warn_of_unknown_variables,
+)
 from .errors import BackendError, ConfigError, StoreError
 from .flusher import Flusher
 from .hooks import CookieRefused, Destroyed, Hook, Hooks
@@ -235,15 +244,20 @@ class SessionStore(Committer):
         backend = self._backend
         rows = Rows(Keyring(self.config.database_keys, "database") if self.config.database_keys else None)
 
+        wanted = self.transport.is_plain and not self.config.allow_shared
+        acquaintance = Acquaintance(memory, backend, self.clock, wanted=wanted)
+
         def make_flusher() -> Flusher:
             return Flusher(
                 memory, backend, rows, self.clock, self.hooks, shared=self.config.allow_shared,
                 interval=self.config.flush_interval.total_seconds(),
-                memory_lifespan=milliseconds(self.config.memory_lifespan),
+                memory_lifespan=milliseconds(self.config.memory_lifespan), acquaintance=acquaintance,
             )  # fmt: skip
 
         load_seconds = self.config.load_timeout.total_seconds()
-        return Behind(memory, backend, rows, self.clock, make_flusher, load_seconds=load_seconds)
+        return Behind(
+            memory, backend, rows, self.clock, make_flusher, load_seconds=load_seconds, acquaintance=acquaintance
+        )
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -282,7 +296,7 @@ class SessionStore(Committer):
                 return self._without(ticket, origin)
             now = self.clock.now()
             found = self._in_memory(ticket, now)
-            if found is not Missing.UNKNOWN:
+            if found is not Missing.UNKNOWN or self._is_stranger(ticket):
                 return _resolved(ticket, found, now, origin)
             try:
                 found = await self.behind.load_async(ticket.handle)
@@ -313,7 +327,7 @@ class SessionStore(Committer):
             memory = self._memory or self.memory  # spares a call
             return _resolved(ticket, memory.load(ticket.handle, now), now, origin)
         found = self._in_memory(ticket, now)
-        if found is Missing.UNKNOWN:
+        if found is Missing.UNKNOWN and not self._is_stranger(ticket):
             try:
                 found = self.behind.load(ticket.handle)
             except BackendError as error:
@@ -325,6 +339,13 @@ class SessionStore(Committer):
         found = memory.load(ticket.handle, now)
         memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
         return found
+
+    def _is_stranger(self, ticket: Ticket) -> bool:
+        """Whether nobody can have been given this id, which memory does not know."""
+        if ticket.stale_after is not None or not self.behind.acquaintance.is_stranger(ticket.handle):
+            return False
+        self.memory.environment.counters.add("spared")
+        return True
 
     def _unread(self, ticket: Ticket, error: BackendError, origin: Origin) -> Resolved:
         """What a request gets whose session the backend may have, and cannot say."""
@@ -348,6 +369,11 @@ class SessionStore(Committer):
         """See `Committer.wrote`."""
         if self.is_persistent:
             self.behind.see_to_it()
+
+    def issued(self, handle: bytes) -> None:
+        """See Committer."""
+        if self.is_persistent and self.config.cookie_mode is CookieMode.PLAIN:
+            self.behind.acquaintance.note(handle)
 
     def refill(self, handle: bytes) -> bool:
         """See `Committer.refill`."""

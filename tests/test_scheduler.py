@@ -424,8 +424,9 @@ def test_a_store_that_leaves_no_tombstone_is_found_out(
     variant = Variant(fresh=False, passes=False, login=False, backend=False)
     assert not _fails(worlds, DESTROYED_THEN_FILLED, variant)
 
-    def destroy(self: MemoryStore, handle: bytes, now: int) -> bool:
-        return self.environment.write(lambda txn, tables: txn.delete(handle, db=tables.records))
+    def destroy(self: MemoryStore, handle: bytes, now: int) -> bytes:
+        self.environment.write(lambda txn, tables: txn.delete(handle, db=tables.records))
+        return handle
 
     monkeypatch.setattr(MemoryStore, "destroy", destroy)
     assert _fails(worlds, DESTROYED_THEN_FILLED, variant)

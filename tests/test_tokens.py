@@ -19,7 +19,7 @@ ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~"
 SEALED = [CookieMode.PRIVATE, CookieMode.SIGNED]
 ADA, BOB = b"\0" + b"a" * 16, b"\0" + b"b" * 16
 UUID = str(uuid4())
-IDS = [new_id(), UUID, uuid4().hex, "a" * 16, "~._-" * 32]
+IDS = {"ours": new_id(), "uuid": UUID, "hex": uuid4().hex, "shortest": "a" * 16, "longest": "~._-" * 32}
 
 
 def form(mode: CookieMode, *keys: Key, purpose: str = "cookie session", fresh_for: int = 1000) -> Form:
@@ -32,7 +32,7 @@ def ticket(found: Ticket | str) -> Ticket:
 
 
 @pytest.mark.parametrize("client", [b"", ADA])
-@pytest.mark.parametrize("session_id", IDS)
+@pytest.mark.parametrize("session_id", IDS.values(), ids=IDS)
 @pytest.mark.parametrize("mode", CookieMode)
 def test_every_id_comes_back_as_it_was(mode: CookieMode, session_id: str, client: bytes) -> None:
     """32 bytes of our own, UUIDs with and without dashes, the shortest and the longest."""
@@ -44,7 +44,7 @@ def test_every_id_comes_back_as_it_was(mode: CookieMode, session_id: str, client
     assert session_id not in repr(found)
 
 
-@pytest.mark.parametrize("session_id", [IDS[0], UUID])
+@pytest.mark.parametrize("session_id", [IDS["ours"], UUID], ids=["ours", "uuid"])
 @pytest.mark.parametrize("mode", SEALED)
 def test_no_token_that_differs_in_one_character_is_accepted(mode: CookieMode, session_id: str) -> None:
     """Every position, every character: one spelling, and no second session within reach."""

@@ -14,12 +14,13 @@ from typing import Final
 from . import place
 
 NAMES: Final = (
-    "hits", "misses", "batches", "rows", "flush_errors", "load_errors", "evicted", "retired", "dropped", "late"
+    "hits", "misses", "batches", "rows", "flush_errors", "load_errors", "evicted", "retired", "dropped", "late",
+    "spared",
 )  # fmt: skip
 """hits, misses: sessions that a request asked for, found in memory or looked for in the backend. batches, rows: sent to
 the backend. flush_errors, load_errors: what it answered with an error, or not. evicted: sessions removed from memory to
 make room. retired: those that were idle there, and that the backend has. dropped: commits of sessions that had ended.
-late: waits for the backend that were given up."""
+late: waits for the backend that were given up. spared: look-ups of ids that somebody made up, with plain tokens."""
 
 _SLOTS: Final = 512
 _WORDS: Final = 16

@@ -2,7 +2,8 @@
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
 the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher, the last place
-of the outbox that was given out; a shared flock says that somebody is there), `counters`, and `lmdb/`, the environment.
+of the outbox that was given out; a shared flock says that somebody is there), `counters`, perhaps `known`, and `lmdb/`,
+the environment.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from .building import (
     set_epoch,
 )
 from .counters import Counters
+from .known import Known
 from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
 T = TypeVar("T")
@@ -70,8 +72,8 @@ class Opened:
     """An open environment and what must be compared to know that it is still the right one."""
 
     __slots__ = (
-        "attached", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid", "tables", "uuid",
-        "words",
+        "attached", "counters", "env", "epoch", "generation", "identity", "known", "looks", "next_look", "pid",
+        "tables", "uuid", "words",
     )  # fmt: skip
 
     def __init__(self, env: lmdb.Environment, attached: int, words: memoryview, data: Path, counters: Counters) -> None:
@@ -79,6 +81,7 @@ class Opened:
         self.attached = attached
         self.words = words
         self.counters = counters
+        self.known: Known | None = None
         self.generation: int = words[GENERATION]
         self.identity = identity(data)
         self.pid = os.getpid()
@@ -98,6 +101,8 @@ class Opened:
         """Leave: others may find themselves alone after this."""
         self.env.close()
         self.counters.close()
+        if self.known is not None:
+            self.known.close()
         fcntl.flock(self.attached, fcntl.LOCK_UN)
         os.close(self.attached)
 
@@ -193,6 +198,20 @@ class Environment:
     def counters(self) -> Counters:
         """What all processes count together."""
         return (self._opened or self.open()).counters
+
+    @property
+    def known(self) -> Known:
+        """Which handles a backend may have; made when somebody first asks for it."""
+        opened = self._opened or self.open()
+        if opened.known is None:
+            with self.lock:
+                directory = place.open_directory(self.path)
+                try:
+                    if opened.known is None:
+                        opened.known = Known(self.path, directory)
+                finally:
+                    os.close(directory)
+        return opened.known
 
     @property
     def backend_down_until(self) -> int:

@@ -215,7 +215,7 @@ class Outbox:
         The dead go in front of all that waits. Returns how many, where the next call goes on (b"" at the end), and
         whether there were some that only others can read.
         """
-        handles = self._handles(after)
+        handles = self.handles(after)
 
         def work(txn: Txn, tables: Tables) -> tuple[int, bool]:
             put, passed_over = 0, False
@@ -248,7 +248,7 @@ class Outbox:
 
         Returns how many went, and where the next call goes on; b"" at the end.
         """
-        handles = self._handles(after)
+        handles = self.handles(after)
         boot = self._clock.boot()
 
         def idles(txn: Txn, tables: Tables, handle: bytes) -> Record | None:
@@ -277,14 +277,14 @@ class Outbox:
 
         return (self._environment.write(work) if due else 0), (handles[-1] if handles else b"")
 
-    def _handles(self, after: bytes) -> list[bytes]:
-        """The next handles in the order of their bytes."""
+    def handles(self, after: bytes, limit: int = CHUNK) -> list[bytes]:
+        """The next handles in the order of their bytes, of all records."""
 
         def work(txn: Txn, tables: Tables) -> list[bytes]:
             cursor = txn.cursor(tables.records)
             found: list[bytes] = []
             more = cursor.set_range(after + b"\0") if after else cursor.first()
-            while more and len(found) < CHUNK:
+            while more and len(found) < limit:
                 found.append(bytes(cursor.key()))
                 more = cursor.next()
             return [handle for handle in found if len(handle) == HANDLE_BYTES] or found

@@ -1,0 +1,316 @@
+"""With plain tokens anybody makes up ids: the backend is spared the look-ups, and no session is taken for unknown."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from shmsession import CookieMode, Key, OldCookie, SessionConfig, SessionMode, SessionStore
+from shmsession.memory import known as filters
+from shmsession.memory import place as place_module
+from shmsession.memory.known import Known
+from shmsession.memory.place import open_directory
+from tests.asking import PROTOCOLS, Visitor
+from tests.backends import MemoryBackend
+from tests.figures import report, rng, size
+from tests.memory import in_child, wait_until
+
+KEY = Key(b"k" * 32)
+
+
+@pytest.fixture
+def file(place: Path) -> Iterator[Known]:
+    descriptor = open_directory(place)
+    known = Known(place, descriptor)
+    os.close(descriptor)
+    yield known
+    known.close()
+
+
+def handles(count: int, name: str = "handles") -> list[bytes]:
+    random = rng(name)
+    return [random.randbytes(20) for _ in range(count)]
+
+
+# ── the filter ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_added_is_known_and_hardly_anything_else(file: Known) -> None:
+    file.empty(0)
+    ours, others = handles(60_000), handles(60_000, "others")
+    for handle in ours:
+        file.add(handle)
+    assert all(map(file.has, ours))
+    false = sum(map(file.has, others))
+    report("filter of plain ids", added=len(ours), unknown=len(others), taken_for_known=false)
+    assert false < len(others) // 100
+    assert not file.is_crowded
+
+
+def test_it_is_ready_for_one_state_of_things_only(file: Known) -> None:
+    one, other = b"1" * 16, b"2" * 16
+    assert not file.is_ready(one)
+    file.empty(10)
+    file.make_ready(one)
+    assert file.is_ready(one)
+    assert not file.is_ready(other)
+    file.empty(10)
+    assert not file.is_ready(one)
+
+
+def test_it_grows_under_those_who_have_it_mapped(place: Path, file: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never shrinks, and says when it is too small."""
+    monkeypatch.setattr(filters, "SMALLEST", 64)
+    file.empty(0)
+    for handle in handles(65):
+        file.add(handle)
+    assert file.is_crowded
+    descriptor = open_directory(place)
+    other = Known(place, descriptor)
+    os.close(descriptor)
+    other.empty(100_000)
+    assert other.capacity >= 100_000
+    for handle in handles(100):
+        other.add(handle)
+    assert all(map(file.has, handles(100)))
+    other.empty(1)
+    assert other.capacity >= 100_000
+    other.close()
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\0" * 7 + b"\x10", bytes(8)])
+def test_a_damaged_filter_takes_nobody_for_unknown(site: "Open", damage: bytes) -> None:
+    """Its size is not to be believed: it is not ready, and is made anew."""
+    store = site()
+    session_id = stored(store)
+    wait_until(lambda: is_ready(store))
+    with (store.path / "known").open("r+b") as file:
+        file.write(damage)
+    forget_memory(store)
+    assert store.session(session_id)["v"] == 1
+    another = stored(store)
+    wait_until(lambda: is_ready(store))
+    forget_memory(store)
+    assert store.session(another)["v"] == 1
+
+
+def test_without_room_for_a_filter_every_unknown_id_is_looked_for(
+    site: "Open", rows: MemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else suffers."""
+
+    give = place_module.give
+
+    def full(descriptor: int, size: int) -> None:
+        if size > 4096 and size % 4096 == 0 and size != 1 << 16:
+            raise OSError(28, "no room, by order")
+        give(descriptor, size)
+
+    store = site("s", cookie_mode=CookieMode.PRIVATE)
+    store.close()
+    monkeypatch.setattr("shmsession.memory.place.give", full)
+    store = site()
+    session_id = stored(store)
+    assert not is_ready(store)
+    forget_memory(store)
+    assert store.session(session_id)["v"] == 1
+    assert store.session(str(uuid4())) == {}
+    assert store.memory.environment.backend_down_until == 0
+
+
+# ── behind a store ────────────────────────────────────────────────────────────────────────────────────────────
+
+Open = Callable[..., SessionStore]
+
+
+@pytest.fixture
+def rows() -> MemoryBackend:
+    """The backend: the same rows for all stores of a test."""
+    return MemoryBackend(labelled=False)
+
+
+@pytest.fixture
+def site(place: Path, rows: MemoryBackend) -> Iterator[Open]:
+    """A store on these rows, flushing, in a directory of its own."""
+    stores: list[SessionStore] = []
+
+    def make(where: str = "s", **settings: Any) -> SessionStore:
+        given = {"cookie_mode": CookieMode.PLAIN, "keys": (KEY,), "secure": False, "map_size": 4 << 20, **settings}
+        config = SessionConfig(directory=place / where, name="test", **given)
+        stores.append(SessionStore(rows, config=config))
+        return stores[-1].open()
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+def is_ready(store: SessionStore) -> bool:
+    acquaintance = store.behind.acquaintance
+    return store.memory.environment.known.is_ready(acquaintance._token())
+
+
+def look_ups(rows: MemoryBackend) -> int:
+    """Questions for one row, the flusher's look at its sentinel included."""
+    return rows.calls.count("load")
+
+
+def stored(store: SessionStore) -> str:
+    """A session that the backend has; its id."""
+    session = store.session()
+    session["v"] = 1
+    session.save()
+    assert session.id is not None
+    assert store.sync.flush()
+    return session.id
+
+
+def forget_memory(store: SessionStore) -> None:
+    """All records leave memory, as after an hour in which nobody came."""
+
+    def work(txn: Any, tables: Any) -> None:
+        for table in (tables.records, tables.expiry, tables.outbox, tables.users):
+            txn.drop(table, delete=False)
+
+    store.memory.environment.write(work)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_flood_of_unknown_ids_hardly_reaches_the_backend(site: Open, rows: MemoryBackend, protocol: str) -> None:
+    """And every session is still found, in memory or behind it."""
+    store = site()
+    ids = [stored(store) for _ in range(20)]
+    wait_until(lambda: is_ready(store))
+    forget_memory(store)
+    before, total = look_ups(rows), size(500_000, 5_000)
+    visitor = Visitor(store, protocol)
+    for _ in range(total):
+        visitor.cookies = {"session": str(uuid4())}
+        assert visitor.data() == {}
+    asked = look_ups(rows) - before
+    for session_id in ids:
+        visitor.cookies = {"session": session_id}
+        assert visitor.data() == {"v": 1}
+    spared = store.stats().counters["spared"]
+    report("flood of plain ids", protocol=protocol, ids=total, asked=asked, spared=spared)
+    assert asked < total // 100
+    assert spared > total * 98 // 100
+
+
+def test_until_the_filter_is_ready_every_unknown_id_is_looked_for(site: Open, rows: MemoryBackend) -> None:
+    """A backend that cannot be listed takes no session away."""
+    first = site("first")
+    session_id = stored(first)
+    first.close()
+
+    async def broken() -> Any:
+        for reason in ("it cannot be listed",):
+            raise OSError(reason)
+        yield b""
+
+    rows.handles = broken  # type: ignore[method-assign]
+    store = site("second")
+    assert store.session(session_id)["v"] == 1
+    assert not is_ready(store)
+
+
+def test_what_the_backend_had_before_is_known(site: Open, rows: MemoryBackend) -> None:
+    """After memory was lost, or a site went over from another kind of cookie."""
+    private = site("first", cookie_mode=CookieMode.PRIVATE)
+    ids = [stored(private) for _ in range(50)]
+    private.close()
+    store = site("second", old_cookies=(OldCookie(mode=CookieMode.PRIVATE),))
+    wait_until(lambda: is_ready(store))
+    assert all(store.session(session_id)["v"] == 1 for session_id in ids)
+
+
+def test_what_other_processes_make_is_known_at_once(site: Open, place: Path, rows: MemoryBackend) -> None:
+    """Also by a process that has mapped the filter before, and whose memory does not have the session any more."""
+    store = site()
+    wait_until(lambda: is_ready(store))
+
+    def make() -> str:
+        session = store.session()
+        session["v"] = 2
+        session.save()
+        assert session.id is not None
+        return session.id
+
+    ids = [in_child(make) for _ in range(3)]
+    assert store.sync.flush()
+    forget_memory(store)
+    assert all(store.session(session_id)["v"] == 2 for session_id in ids)
+
+
+def test_a_backend_that_lost_something_is_asked_until_it_is_known_anew(site: Open, rows: MemoryBackend) -> None:
+    """It may have been restored to a state of which nothing is known."""
+    store = site()
+    stored(store)
+    wait_until(lambda: is_ready(store))
+    note = store.memory.outbox.losses()
+    store.memory.outbox.raise_note(b"forgot", note + 1)
+    assert not is_ready(store)
+    wait_until(lambda: is_ready(store))
+
+
+def test_with_other_stores_on_the_same_tables_nobody_is_taken_for_unknown(site: Open, rows: MemoryBackend) -> None:
+    """They make sessions that this one never hears of."""
+    store = site(allow_shared=True)
+    session_id = stored(store)
+    other = site("other", allow_shared=True)
+    assert other.session(session_id)["v"] == 1
+    assert not other.behind.acquaintance.wanted
+
+
+def test_sealed_tokens_need_no_filter(site: Open, rows: MemoryBackend) -> None:
+    """What is forged does not pass the seal."""
+    store = site(cookie_mode=CookieMode.SIGNED, mode=SessionMode.PERSISTENT)
+    stored(store)
+    assert not store.behind.acquaintance.wanted
+    assert not (store.path / "known").exists()
+
+
+def test_a_filter_that_is_crowded_is_made_larger(
+    site: Open, rows: MemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "SMALLEST", 16)
+    store = site()
+    wait_until(lambda: is_ready(store))
+    for _ in range(40):
+        session = store.session()
+        session["v"] = 1
+        session.save()
+    known = store.memory.environment.known
+    assert store.sync.flush()
+    wait_until(lambda: is_ready(store) and not known.is_crowded)
+    assert known.capacity >= 64
+
+
+def test_a_store_that_is_closed_meanwhile_is_opened_again(site: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, or before a fork, between a commit and its note."""
+    store = site()
+    wait_until(lambda: is_ready(store))
+    environment, acquaintance = store.memory.environment, store.behind.acquaintance
+    handle, add = bytes(range(20)), Known.add
+    closed: list[Known] = []
+
+    def closing_first(known: Known, added: bytes) -> None:
+        if not closed:
+            closed.append(known)
+            environment.close()
+        add(known, added)
+
+    assert acquaintance.is_stranger(handle)
+    monkeypatch.setattr(Known, "add", closing_first)
+    acquaintance.note(handle)
+    assert not acquaintance.is_stranger(handle)
+    assert closed != [environment.known]
+    monkeypatch.undo()
+    known = environment.known
+    environment.close()
+    monkeypatch.setattr(type(environment), "known", known)
+    assert not acquaintance.is_stranger(bytes(20)), "who cannot look says nothing"
