@@ -69,7 +69,7 @@ class Transport:
         self._now = _Accepted(self.name.encode() + b"=", lru_cache(OPENED)(self._form.open), self._binding)
         modes = [config.cookie_mode, *(old.mode for old in config.old_cookies)]
         accepted = [self._now, *(self._accepts(config, old) for old in config.old_cookies)]
-        self._accepted = [one for _, one in sorted(zip(modes, accepted, strict=True), key=_plain_last)]
+        self._accepted = [one for _, one in sorted(zip(modes, accepted, strict=True), key=self._rank)]
         self._old = {
             one.needle: cookies.Writer(config, one.needle[:-1].decode())
             for one in accepted
@@ -97,6 +97,12 @@ class Transport:
             return found if isinstance(found, str) else found._replace(stale_after=0)
 
         return _Accepted(name.encode() + b"=", lru_cache(OPENED)(opened), Binding(config, old.bind_to))
+
+    def _rank(self, one: tuple[CookieMode, _Accepted]) -> tuple[bool, bool]:
+        """Today's name goes before all others, for a browser may keep an old cookie that we cannot take away; plain
+        goes last, for it looks like any: what can be told from it is tried before."""
+        mode, accepted = one
+        return accepted.needle != self._now.needle, mode is CookieMode.PLAIN
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -189,11 +195,6 @@ class Transport:
             for needle, writer in self._old.items()
             if cookies.find(presented.cookie, needle) is not None
         ]
-
-
-def _plain_last(accepted: tuple[CookieMode, _Accepted]) -> bool:
-    """A plain token looks like any: what can be told from it is tried before."""
-    return accepted[0] is CookieMode.PLAIN
 
 
 def _set(cookie: str) -> tuple[bytes, bytes]:

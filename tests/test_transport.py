@@ -272,6 +272,21 @@ def test_logging_out_takes_the_old_cookie_away_as_well(make: Make, protocol: str
     assert visitor.cookies == {}
 
 
+@pytest.mark.parametrize("after", CookieMode)
+@pytest.mark.parametrize("before", CookieMode)
+def test_an_old_cookie_that_cannot_be_taken_away_is_never_preferred_to_the_new_one(
+    make: Make, protocol: str, before: CookieMode, after: CookieMode
+) -> None:
+    """As when it was set for another domain: the browser goes on sending both."""
+    visitor = Visitor(make(cookie_name="sid", cookie_mode=before), protocol)
+    visitor.ask(put(a=1))
+    kept = dict(visitor.cookies)
+    visitor.store = make(cookie_mode=after, old_cookies=(OldCookie(name="sid", mode=before),))
+    visitor.ask(lambda session: session.renew(user_id="ada"))
+    visitor.cookies.update(kept)
+    assert visitor.ask(lambda session: (session.user_id, session.to_dict())).result == ("ada", {"a": 1})
+
+
 # ── how long it stays ─────────────────────────────────────────────────────────────────────────────────────────
 
 
