@@ -166,7 +166,8 @@ class Committer(ABC):
             return
         if session.readonly:
             raise ReadOnlySession(
-                "a value of a read-only session was changed in place: see readonly= of the middleware"
+                "a read-only session was changed in place, or before it was opened read-only: see readonly= of the "
+                "middleware and of Session.of"
             )
         if session.gone:
             self._drop(session, changes, now)

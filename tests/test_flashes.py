@@ -151,3 +151,17 @@ def test_a_read_only_session_can_look_and_not_take(store: SessionStore) -> None:
 
     visitor.ask(look)
     assert len(visitor.ask(lambda session: session.flashes()).result) == 1
+
+
+def test_what_a_request_changed_before_it_became_read_only_is_an_error(store: SessionStore) -> None:
+    """Not dropped in silence; and nothing is written."""
+    visitor = Visitor(store)
+    visitor.ask(lambda session: session.update(a=1))
+
+    def change_first(session: Session) -> None:
+        session["a"] = 2
+        Session.of({"session": session}, readonly=True)
+
+    with pytest.raises(ReadOnlySession, match="before it was opened read-only"):
+        visitor.ask(change_first)
+    assert visitor.data() == {"a": 1}
