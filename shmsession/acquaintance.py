@@ -16,6 +16,8 @@ ATTEMPTS: Final = 3
 CHUNK: Final = 1_000
 REFRESH_MS: Final = 3_600_000
 """How often what the backend has is added again, for rows that somebody else has put there."""
+RETRY_MS: Final = 60_000
+"""How long it is left as it is when it could not be filled."""
 
 
 class Acquaintance:
@@ -28,6 +30,7 @@ class Acquaintance:
         self._clock = clock
         self.wanted = wanted
         self._next = 0
+        self._not_before = 0
 
     def note(self, handle: bytes) -> None:
         """This session, which is committed, may become known to somebody."""
@@ -43,34 +46,38 @@ class Acquaintance:
         """Whether the backend cannot have it."""
         if not self.wanted:
             return False
-        known, token = self._environment.known, self._token()
         try:
+            known, token = self._environment.known, self._token()
             return known.is_ready(token) and not known.has(handle) and known.is_ready(token)
         except ValueError:  # another thread closed the store
             return False
 
     def _token(self) -> bytes:
-        """What it holds for: this incarnation of memory, and so many losses of the backend."""
-        return self._environment.uuid + self._memory.outbox.losses().to_bytes(8, "big")
+        """What it holds for: this filling of it, this incarnation of memory, and so many losses of the backend."""
+        numbers = self._environment.known.filling, self._memory.outbox.losses()
+        return self._environment.uuid + b"".join(number.to_bytes(8, "big") for number in numbers)
 
     async def refresh(self) -> None:
         """Fill the filter when it is not ready, crowded or an hour old. For whoever holds the lease.
 
-        Raises what the backend raises.
+        Raises what the backend raises; then it is not tried again for a minute.
         """
-        if not self.wanted:
+        boot = self._clock.boot()
+        if not self.wanted or boot < self._not_before:
             return
-        known, token = self._environment.known, self._token()
-        ready = known.is_ready(token) and not known.is_crowded
-        if ready and self._clock.boot() < self._next:
+        known = self._environment.known
+        ready = known.is_ready(self._token()) and not known.is_crowded
+        if ready and boot < self._next:
             return
+        self._not_before = boot + RETRY_MS
         if not ready:
             known.empty(2 * (await self._backend.count() + self._memory.count()))
+        token = self._token()
         await self._add_memory()
         async for handle in self._backend.handles():
             self.note(handle)
         self._environment.known.make_ready(token)
-        self._next = self._clock.boot() + REFRESH_MS
+        self._next, self._not_before = self._clock.boot() + REFRESH_MS, 0
 
     async def _add_memory(self) -> None:
         after = b""

@@ -76,6 +76,7 @@ class Flusher:
         self.holds_lease = False
         self._sentinel = Sentinel(memory, backend, clock, shared=shared)
         self._acquaintance = acquaintance
+        self._acquainting: asyncio.Task[None] | None = None
         self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_look = 0
         self._failures = 0
@@ -112,9 +113,11 @@ class Flusher:
                     await asyncio.sleep(BEAT_MS / 1000)
         finally:
             self.holds_lease = False
-            beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beating
+            for task in (beating, self._acquainting):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
             with contextlib.suppress(ShmSessionError):
                 self._lease.release()
             self.holds_lease = False
@@ -371,6 +374,7 @@ class Flusher:
             if not self._memory.sweep(now):
                 break
             await asyncio.sleep(0)
+        self._get_acquainted()
         if boot >= self._next_sweep and not (
             self._memory.trusts_clocks(now) and await self._backend.sweep(now, SWEEP_LIMIT) >= SWEEP_LIMIT
         ):
@@ -378,8 +382,21 @@ class Flusher:
         # What the last answer has shown the backend to have lost is noted at the next look at it.
         if boot >= self._next_retire and self._sentinel.greeted is not None:
             await self._retire(boot, now)
-        if self._acquaintance is not None:
-            await self._acquaintance.refresh()
+
+    def _get_acquainted(self) -> None:
+        """Fill the filter of plain ids, beside all else: a backend may take long to name all that it has."""
+        acquaintance, running = self._acquaintance, self._acquainting
+        if acquaintance is not None and acquaintance.wanted and (running is None or running.done()):
+            self._acquainting = asyncio.create_task(self._fill(acquaintance))
+
+    async def _fill(self, acquaintance: Acquaintance) -> None:
+        try:
+            await acquaintance.refresh()
+        except Exception as error:  # noqa: BLE001  # without it more is looked for, and nothing else goes wrong
+            reason = str(error) if isinstance(error, ShmSessionError) else type(error).__name__
+            self._telling.tell(
+                f"the backend is asked for every plain id that nobody knows: it cannot be listed ({reason})"
+            )
 
     async def _retire(self, boot: int, now: int) -> None:
         for _ in range(RETIRE_CHUNKS):

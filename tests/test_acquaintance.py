@@ -1,6 +1,8 @@
 """With plain tokens anybody makes up ids: the backend is spared the look-ups, and no session is taken for unknown."""
 
+import asyncio
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,16 @@ def test_it_grows_under_those_who_have_it_mapped(place: Path, file: Known, monke
     other.empty(1)
     assert other.capacity >= 100_000
     other.close()
+
+
+def test_what_is_added_again_does_not_crowd_it(file: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is every hour."""
+    monkeypatch.setattr(filters, "SMALLEST", 64)
+    file.empty(0)
+    for _ in range(3):
+        for handle in handles(60):
+            file.add(handle)
+    assert not file.is_crowded
 
 
 @pytest.mark.parametrize("damage", [b"\xff" * 8, b"\0" * 7 + b"\x10", bytes(8)])
@@ -168,6 +180,20 @@ def stored(store: SessionStore) -> str:
     return session.id
 
 
+def slow_listing(rows: MemoryBackend) -> tuple[threading.Event, threading.Event]:
+    """The backend's handles are told when the second event is set; the first says that they are asked for."""
+    listing, ends, listed = threading.Event(), threading.Event(), rows.handles
+
+    async def slow() -> Any:
+        listing.set()
+        assert await asyncio.to_thread(ends.wait, 60)
+        async for handle in listed():
+            yield handle
+
+    rows.handles = slow  # type: ignore[method-assign]
+    return listing, ends
+
+
 def forget_memory(store: SessionStore) -> None:
     """All records leave memory, as after an hour in which nobody came."""
 
@@ -216,6 +242,57 @@ def test_until_the_filter_is_ready_every_unknown_id_is_looked_for(site: Open, ro
     store = site("second")
     assert store.session(session_id)["v"] == 1
     assert not is_ready(store)
+
+
+def test_a_backend_that_cannot_be_listed_is_not_taken_for_down(
+    site: Open, rows: MemoryBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sessions go on being flushed and looked for; it is told once, and tried again a minute later."""
+    asked: list[None] = []
+
+    async def broken() -> Any:
+        asked.append(None)
+        for reason in ("it cannot be listed",):
+            raise OSError(reason)
+        yield b""
+
+    rows.handles = broken  # type: ignore[method-assign]
+    store = site()
+    ids = [stored(store) for _ in range(3)]
+    wait_until(lambda: "it cannot be listed (OSError)" in caplog.text)
+    ids += [stored(store) for _ in range(3)]
+    forget_memory(store)
+    assert all(store.session(session_id)["v"] == 1 for session_id in ids)
+    assert (store.stats().counters["flush_errors"], len(asked)) == (0, 1)
+
+
+def test_sessions_are_flushed_while_the_backend_is_listed(site: Open, rows: MemoryBackend) -> None:
+    """It may have millions, and name them slowly."""
+    listing, ends = slow_listing(rows)
+    store = site()
+    wait_until(listing.is_set)
+    session = store.session()
+    session["v"] = 1
+    session.save()
+    wait_until(lambda: not store.stats().outbox)
+    assert not is_ready(store)
+    ends.set()
+    wait_until(lambda: is_ready(store))
+
+
+def test_who_was_overtaken_while_filling_it_cannot_say_that_it_is_ready(site: Open, rows: MemoryBackend) -> None:
+    """A process that stood still for a while; another has emptied the filter since, and not filled it yet."""
+    listing, ends = slow_listing(rows)
+    store = site()
+    wait_until(listing.is_set)
+    acquaintance = store.behind.acquaintance
+    before = acquaintance._next
+    store.memory.environment.known.empty(10)
+    ends.set()
+    wait_until(lambda: acquaintance._next > before)
+    assert not acquaintance.is_stranger(bytes(range(20)))
+    wait_until(lambda: is_ready(store))
+    assert acquaintance.is_stranger(bytes(range(20)))
 
 
 def test_what_the_backend_had_before_is_known(site: Open, rows: MemoryBackend) -> None:

@@ -20,7 +20,7 @@ SLOTS_PER_HANDLE: Final = 16
 SMALLEST: Final = 1 << 16
 
 _HEADER_BYTES: Final = 4096
-_SLOTS, _ADDED = 0, 1
+_SLOTS, _ADDED, _FILLING = 0, 1, 4
 _READY_AT, _READY_BYTES = 16, 16
 _PIECES: Final = 5
 
@@ -59,7 +59,7 @@ class Known:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more were added than it was made for, some perhaps more than once."""
+        """Whether more were added than it was made for."""
         return self._word(_ADDED) > self.capacity
 
     def is_ready(self, token: bytes) -> bool:
@@ -78,12 +78,16 @@ class Known:
         """Say that it does not."""
         self._map[_READY_AT : _READY_AT + _READY_BYTES] = bytes(_READY_BYTES)
 
-    def empty(self, handles: int) -> None:
-        """Begin anew, with room for so many at least; it is not ready then. Only one process may do this at a time.
+    @property
+    def filling(self) -> int:
+        """Which filling this is: a token that does not depend on it would let somebody who was overtaken while they
+        filled it say that it is ready, when another has emptied it since."""
+        return self._word(_FILLING)
 
-        Raises StoreFull.
-        """
+    def empty(self, handles: int) -> None:
+        """Begin another filling, with room for so many at least; it is not ready then. Raises StoreFull."""
         self.take_back()
+        self._set_word(_FILLING, int.from_bytes(os.urandom(8), "little"))
         slots = SLOTS_PER_HANDLE * SMALLEST
         while slots < SLOTS_PER_HANDLE * handles:
             slots *= 2
@@ -108,7 +112,10 @@ class Known:
 
     def add(self, handle: bytes) -> None:
         """The backend may have it from now on."""
-        for at in self._places(handle):
+        places = self._places(handle)
+        if all(self._map[at] for at in places):
+            return
+        for at in places:
             self._map[at] = 1
         self._set_word(_ADDED, self._word(_ADDED) + 1)
 
