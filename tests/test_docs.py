@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import timedelta
 from enum import Enum
+from html import unescape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 import flask
 import pytest
+from starlette.routing import Route
 from starlette.testclient import TestClient
 from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
@@ -39,14 +42,14 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "behind", "clock", "commit", "commit_failed", "hooks", "keyring", "kill", "max_size", "note_scheme", "prefetch",
-    "refill", "request_session", "resolve", "save", "swap", "writes_through", "wrote",
+    "behind", "clock", "commit", "commit_failed", "hooks", "issued", "keyring", "kill", "max_size", "mode", "new_id",
+    "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
-    "assigned", "begin_anew", "committed", "discard", "drops_cookie", "edit", "edits", "encoded_user", "gone",
-    "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to", "owes_cookie",
-    "pending", "port", "raw_handle", "rebase", "record", "replaced", "secret", "settle", "start", "stored",
-    "through", "unavailable", "wait_for",
+    "assign", "assigned", "begin_anew", "committed", "consent", "discard", "drops_cookie", "edit", "edits",
+    "encoded_user", "gone", "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to",
+    "origin", "owes_cookie", "pending", "port", "put", "raw_handle", "rebase", "record", "replaced", "secret", "settle",
+    "start", "stored", "take", "tells_choice", "through", "told", "unavailable", "wait_for",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 
@@ -136,15 +139,59 @@ def drive_websocket(app: Any) -> None:
             assert b"set-cookie" not in headers_of(connection)
 
 
+def drive_readonly(app: Any) -> None:
+    assert bare_asgi_texts(app, "POST /cart/tea", "GET /cart") == ['["tea"]', '["tea"]']
+    with pytest.raises(errors.ReadOnlySession):
+        bare_asgi_texts(app, "POST /cart/tea", "GET /steal")
+
+
+def drive_strict(app: Any) -> None:
+    """The browser leaves the cookie out when the provider sends it back, and only then."""
+    browser = TestClient(app, follow_redirects=False)
+    away = browser.get("/oauth/start")
+    assert "SameSite=Strict" in away.headers["set-cookie"]
+    (state,) = parse_qs(urlsplit(away.headers["location"]).query)["state"]
+    assert browser.get(f"/oauth/finish?code=1&state={state}x").status_code == 403
+    assert TestClient(app).get(f"/oauth/finish?code=1&state={state}").status_code == 403
+
+    state = parse_qs(urlsplit(browser.get("/oauth/start").headers["location"]).query)["state"][0]
+    back = f"/oauth/landing?code=1&state={state}"
+    landing = TestClient(app).get(back)
+    assert "set-cookie" not in landing.headers
+    onward = re.search('content="0; url=([^"]+)"', landing.text)
+    assert onward is not None
+    assert browser.get(unescape(onward[1])).headers["location"] == "/"
+    assert browser.get("/").text == "ada"
+
+
+def drive_api(app: Any) -> None:
+    """A client with its token, from another origin; a 503 has the headers that let it be read."""
+
+    async def full(request: Any) -> None:
+        raise errors.StoreFull("full")
+
+    app.router.routes.append(Route("/full", full))
+    client = TestClient(app, headers={"Origin": "https://shop.example"})
+    token = client.post("/cart/tea").headers["X-Session"]
+    assert client.post("/cart/milk", headers={"X-Session": token}).json() == ["tea", "milk"]
+    assert client.get("/cart").json() == []
+    refused = client.get("/full")
+    assert refused.status_code == 503
+    assert refused.headers["Access-Control-Allow-Origin"] == "https://shop.example"
+
+
 APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "hello.py": drive_hello,
+    "with_api.py": drive_api,
     "with_asgi.py": visit(bare_asgi_texts),
     "with_django.py": visit(wsgi_texts),
     "with_fastapi.py": visit(asgi_texts),
     "with_flask.py": visit(wsgi_texts),
     "with_flask_handler.py": visit(wsgi_texts),
     "with_login.py": drive_login,
+    "with_readonly.py": drive_readonly,
     "with_starlette.py": visit(asgi_texts),
+    "with_strict.py": drive_strict,
     "with_websocket.py": drive_websocket,
     "with_wsgi.py": visit(wsgi_texts),
 }
@@ -225,7 +272,8 @@ def snippets(page: Path) -> list[Block]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_every_snippet_of_a_page_runs_and_prints_what_it_says(page: Path, environment: Path) -> None:
-    """From the top to the bottom of a page in one namespace; each page has a store and a new session of its own."""
+    """From the top to the bottom of a page in one namespace; each page has a store and a new session of its own, and can
+    import the whole files that it shows."""
     clock, app = ManualClock(), flask.Flask("documented")
     store = make_store(environment / "documented", clock)
     session = store.session()
@@ -236,6 +284,10 @@ def test_every_snippet_of_a_page_runs_and_prints_what_it_says(page: Path, enviro
         "Session": shmsession.Session, "SessionConfig": SessionConfig, "__name__": "documented",
     }  # fmt: skip
     module = sys.modules["documented"] = ModuleType("documented")
+    for whole in blocks(page, "python"):
+        if whole.file:
+            (environment / whole.file).write_text(whole.text)
+    importlib.invalidate_caches()
     try:
         module.__dict__.update(known)
         for block in snippets(page):
@@ -372,7 +424,7 @@ def shown(value: object) -> str:
         }
         unit, length = next((u, n) for u, n in units.items() if value % n == timedelta(0) and value >= n)
         return f"{value // length} {unit}"
-    if type(value) is int:
+    if type(value) is int and value >= 1024:
         return f"{value // 1024} KiB"
     return str(value)
 
@@ -494,14 +546,20 @@ def test_the_table_of_events_has_every_event_with_its_fields() -> None:
 
 
 def test_the_reasons_for_which_cookies_are_refused_are_documented() -> None:
-    source = (PACKAGE / "cookies.py").read_text(encoding="utf-8")
-    reasons = {
-        node.value.value
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    }
+    reasons = set()
+    for module in ("cookies.py", "tokens.py", "transport.py"):
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Return):
+                reasons |= {text for text in ends(node.value) if text}
     (row,) = [row for row in rows(marked(DOCS / "operations.md", "events")) if code(row[0]) == ["CookieRefused"]]
     assert set(code(row[2])) == reasons
+
+
+def ends(value: ast.expr | None) -> list[str]:
+    """The texts that an expression may come to, as they stand there."""
+    if isinstance(value, ast.IfExp):
+        return ends(value.body) + ends(value.orelse)
+    return [value.value] if isinstance(value, ast.Constant) and isinstance(value.value, str) else []
 
 
 def test_the_table_of_numbers_has_every_field_of_stats() -> None:
