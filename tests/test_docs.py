@@ -1,6 +1,7 @@
 """The documentation does what it says: its code runs, its tables agree with the code."""
 
 import ast
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from enum import Enum
 from html import unescape
@@ -23,18 +24,23 @@ from urllib.parse import parse_qs, urlsplit
 
 import flask
 import pytest
+import redis
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
 
 import shmsession
-from shmsession import SessionConfig, SessionStore, asgi, cli, codec, config, errors, hooks, testing, wsgi
+from shmsession import SessionConfig, SessionMode, SessionStore, asgi, cli, codec, config, errors, hooks, testing, wsgi
 from shmsession import store as store_module
 from shmsession.contrib import gunicorn as gunicorn_hooks
 from shmsession.memory import counters, room
 from shmsession.testing import ManualClock, login_cookie, make_store
+from tests.databases import PostgresServer, RedisServer
 from tests.documents import PAGES, README, ROOT, Block, all_blocks, blocks, code, marked, names, rows
+from tests.servers import wait_for
+
+pytest_plugins = ["tests.database_hosts"]
 
 DOCS: Final = ROOT / "docs"
 GunicornConfig: Final[Any] = importlib.import_module("gunicorn.config").Config  # it has no types
@@ -180,14 +186,34 @@ def drive_api(app: Any) -> None:
     assert refused.headers["Access-Control-Allow-Origin"] == "https://shop.example"
 
 
+def drive_consent(app: Any) -> None:
+    """The banner is shown until it is answered; nothing is kept before, nor after somebody has declined."""
+    browser = TestClient(app)
+    for path, banner, cart in (
+        ("/cart/tea", True, "empty"), ("/accept", False, "empty"), ("/cart/tea", False, "tea"),
+        ("/cart/milk", False, "tea, milk"), ("/decline", False, "empty"), ("/cart/tea", False, "empty"),
+        ("/accept", False, "empty"), ("/cart/milk", False, "milk"),
+    ):  # fmt: skip
+        shown = browser.post(path).text
+        assert ("Cookies" in shown, f"Your cart: {cart}<" in shown) == (banner, True), path
+
+
+def drive_greet(app: Any) -> None:
+    assert bare_asgi_texts(app, "GET /greet", "GET /greet") == ["1", "2"]
+    assert bare_asgi_texts(app, "GET /greet") == ["1"]
+
+
 APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "hello.py": drive_hello,
     "with_api.py": drive_api,
     "with_asgi.py": visit(bare_asgi_texts),
+    "with_consent.py": drive_consent,
+    "with_consent_login.py": drive_login,
     "with_django.py": visit(wsgi_texts),
     "with_fastapi.py": visit(asgi_texts),
     "with_flask.py": visit(wsgi_texts),
     "with_flask_handler.py": visit(wsgi_texts),
+    "with_greet.py": drive_greet,
     "with_login.py": drive_login,
     "with_readonly.py": drive_readonly,
     "with_starlette.py": visit(asgi_texts),
@@ -272,8 +298,8 @@ def snippets(page: Path) -> list[Block]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_every_snippet_of_a_page_runs_and_prints_what_it_says(page: Path, environment: Path) -> None:
-    """From the top to the bottom of a page in one namespace; each page has a store and a new session of its own, and can
-    import the whole files that it shows."""
+    """From the top to the bottom of a page in one namespace. Each page has a store and a new session of its own, and it
+    can import the whole files that it shows."""
     clock, app = ManualClock(), flask.Flask("documented")
     store = make_store(environment / "documented", clock)
     session = store.session()
@@ -320,6 +346,105 @@ def test_no_code_block_escapes_for_lack_of_a_language() -> None:
         opened = [fence for fence in fences if fence and not fence.startswith("{")]
         assert set(opened) <= run_here | only_shown, page.name
         assert len(opened) == len(blocks(page, *run_here, *only_shown)), page.name
+
+
+# ── what it says to those who come from axum_session ──────────────────────────────────────────────────────────
+
+AXUM_SESSION: Final = {
+    "axum configuration": """
+        SessionConfig::new default with_mode with_id_generator IdGenerator with_lifetime with_max_lifetime
+        with_memory_lifetime with_max_age with_session_name with_store_name with_cookie_domain with_cookie_path
+        with_cookie_same_site SameSite with_http_only with_secure with_prefix_with_host with_key Key Key::generate
+        with_database_key with_ip_and_user_agent with_hashed_ip with_hashed_user_agent with_hashed_xforward
+        with_hashed_forward with_hashed_real_ip with_table_name with_always_save with_db_update_interval
+        with_purge_update with_purge_database_update with_thread_sleep_duration with_bloom_filter
+        with_filter_expected_elements with_filter_false_positive_probability with_clear_check_on_load get_session_name
+        get_store_name SessionMode::Persistent SessionMode::OptIn SessionMode::Manual is_opt_in is_manual""",
+    "axum session": """
+        Session get set remove get_remove clear renew update destroy set_longterm set_store create_data data_exists
+        count get_session_id get_store get_mut_store verify update_database_expires update_memory_expires
+        force_database_update memory_remove_session database_remove_session ReadOnlySession""",
+    "axum store": """
+        SessionStore::new SessionNullPool SessionAnyPool is_persistent cleanup count clear clear_store client config
+        SessionLayer SessionLayer::new SessionError DatabaseError rest_mode key-store advanced
+        SecurityMode::PerSession""",
+    "axum pool": """
+        DatabasePool initiate count store load exists delete_one_by_id delete_by_expiry delete_all get_ids
+        auto_handles_expiry""",
+}
+"""What axum_session 0.20 has for its users."""
+
+
+@pytest.mark.parametrize("part", AXUM_SESSION)
+def test_every_item_of_axum_session_has_its_counterpart_and_an_example_that_runs(part: str) -> None:
+    """The example names it in a comment; that it runs, another test shows."""
+    page, items = DOCS / "coming-from-axum-session.md", set(AXUM_SESSION[part].split())
+    table = rows(marked(page, part))
+    assert {item for row in table for item in code(row[0])} == items
+    assert all(row[1] for row in table)
+    section = page.read_text(encoding="utf-8").partition(f"<!-- end of {part} -->")[2].partition("\n## ")[0]
+    fences = re.findall(r"^```(?:python|pycon)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    comments = " ".join(re.findall(r"# (.*)$", "".join(fences), re.MULTILINE))
+    shown = {word.strip(",;:()") for word in re.sub(r"[(]None[)]", "", comments).split()}
+    assert items <= shown, items - shown
+
+
+# ── what it says of erasing ───────────────────────────────────────────────────────────────────────────────────
+
+WORDS: Final = "the visitor's own words"
+
+
+def agree_and_withdraw(url: str, place: Path, lies: Callable[[], bool]) -> None:
+    """A session comes to the database, whose files `lies` looks through, and is erased there."""
+    config = SessionConfig(directory=place, name="asked", map_size=4 << 20, keys=(shmsession.Key.generate(),))
+    with SessionStore(url, config=replace(config, mode=SessionMode.OPT_IN)) as store:
+        visit = store.session()
+        visit["words"] = WORDS
+        visit.save()
+        assert store.sync.flush()
+        assert lies()
+        store.session(visit.id).set_store(False)
+        assert store.sync.flush()
+
+
+def lies_in(directory: Path) -> bool:
+    for file in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a server replaces its files
+            if WORDS.encode() in file.read_bytes():
+                return True
+    return False
+
+
+def test_what_was_erased_lies_in_the_log_of_redis_until_that_is_rewritten(
+    durable_redis: RedisServer, place: Path
+) -> None:
+    """No command shows it meanwhile."""
+    agree_and_withdraw(durable_redis.url, place, lambda: lies_in(durable_redis.data))
+    with redis.Redis.from_url(durable_redis.url) as client:
+        held = [client.get(key) for key in client.scan_iter() if client.type(key) == b"string"]
+        assert held
+        assert not any(WORDS.encode() in value for value in held)
+        assert lies_in(durable_redis.data)
+        client.bgrewriteaof()
+        wait_for(lambda: not lies_in(durable_redis.data), "the log is rewritten")
+
+
+def test_what_was_erased_lies_in_the_table_of_postgres_until_that_is_written_anew(
+    postgres: PostgresServer, postgres_database: str, place: Path
+) -> None:
+    """No query shows it meanwhile. VACUUM gives its room away, VACUUM FULL leaves it behind."""
+
+    def lies() -> bool:
+        postgres.run("CHECKPOINT")
+        return lies_in(postgres.data / "base")
+
+    agree_and_withdraw(postgres.url(postgres_database), place, lies)
+    found = "SELECT count(*), sum(position('own words'::bytea IN body)) FROM shmsession WHERE body IS NOT NULL"
+    rows, traces = postgres.run(found, postgres_database)[0]
+    assert (rows > 0, traces) == (True, 0)
+    assert lies()
+    postgres.run("VACUUM FULL shmsession", postgres_database)
+    assert not lies()
 
 
 # ── the commands in it exist ──────────────────────────────────────────────────────────────────────────────────
