@@ -28,7 +28,7 @@ from examples._paths import encoded_path_asgi
 from examples._start import store_or_exit
 from shmsession import Session
 from shmsession.asgi import SessionMiddleware
-from shmsession.errors import SessionGone, SessionTooLarge
+from shmsession.errors import NotCreated, SessionGone, SessionTooLarge
 
 T = TypeVar("T")
 
@@ -67,6 +67,11 @@ def failed(request: Request, error: Exception) -> Response:
 def gone(request: Request, error: Exception) -> Response:
     """Another request destroyed the session while this one was changing it."""
     return reply({"error": "the session has ended; load the page again"}, 409)
+
+
+def not_created(request: Request, error: Exception) -> Response:
+    """In manual mode nothing is stored before POST /create."""
+    return reply({"error": str(error)}, 409)
 
 
 def too_large(request: Request, error: Exception) -> Response:
@@ -252,6 +257,11 @@ app = Starlette(
         WebSocketRoute("/ws", ws),
     ],
     middleware=[Middleware(SessionMiddleware, store=store), Middleware(encoded_path_asgi)],
-    exception_handlers={HTTPException: failed, SessionGone: gone, SessionTooLarge: too_large},
+    exception_handlers={
+        HTTPException: failed,
+        SessionGone: gone,
+        NotCreated: not_created,
+        SessionTooLarge: too_large,
+    },
 )
 app.router.redirect_slashes = False

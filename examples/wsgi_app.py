@@ -22,7 +22,7 @@ from examples._page import page
 from examples._paths import encoded_path_wsgi
 from examples._start import store_or_exit
 from shmsession import Session
-from shmsession.errors import SessionGone, SessionTooLarge
+from shmsession.errors import NotCreated, SessionGone, SessionTooLarge
 from shmsession.wsgi import SessionMiddleware
 
 T = TypeVar("T")
@@ -68,6 +68,12 @@ def failed(error: HTTPException) -> Response:
 def gone(error: SessionGone) -> Response:
     """Another request destroyed the session while this one was changing it."""
     return reply({"error": "the session has ended; load the page again"}, 409)
+
+
+@app.errorhandler(NotCreated)
+def not_created(error: NotCreated) -> Response:
+    """In manual mode nothing is stored before POST /create."""
+    return reply({"error": str(error)}, 409)
 
 
 @app.errorhandler(SessionTooLarge)
