@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -115,11 +115,18 @@ def dial(address: Address) -> socket.socket:
 
 
 class Browser:
-    """One visitor with a cookie jar. `keep_alive`: all requests over one connection, to one worker."""
+    """One visitor with a cookie jar. `keep_alive`: all requests over one connection, to one worker.
 
-    def __init__(self, address: Address, cookies: Mapping[str, str] | None = None, *, keep_alive: bool = False) -> None:
+    `own`: headers of a client that is none of cookies; each is sent back as an answer gave it last.
+    """
+
+    def __init__(
+        self, address: Address, cookies: Mapping[str, str] | None = None, *, keep_alive: bool = False,
+        own: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self.address = address
         self.cookies = dict(cookies or {})
+        self.own = dict.fromkeys(own, "")
         self._keep_alive = keep_alive
         self._socket: socket.socket | None = None
 
@@ -134,6 +141,7 @@ class Browser:
         answer = self.send(self._raw(method, path, headers), empty=method == "HEAD")
         for cookie in answer.all("set-cookie"):
             self._keep(cookie)
+        self.own |= {name: value for name in self.own if (value := answer.header(name.lower())) is not None}
         return answer
 
     def begin(self, method: str, path: str) -> "Pending":
@@ -143,12 +151,13 @@ class Browser:
         return Pending(connection)
 
     def _raw(self, method: str, path: str, headers: Mapping[str, str] | None) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in (headers or {}).items())]
+        headers = {**self.own, **(headers or {})}
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in headers.items())]
         if method == "POST":
             lines.append("Content-Length: 0")
-        if self.cookies and "Cookie" not in (headers or {}):
+        if self.cookies and "Cookie" not in headers:
             lines.append("Cookie: " + "; ".join(f"{name}={value}" for name, value in self.cookies.items()))
-        if not self._keep_alive and "Connection" not in (headers or {}):
+        if not self._keep_alive and "Connection" not in headers:
             lines.append("Connection: close")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 

@@ -17,7 +17,8 @@ ATTRIBUTES: Final = "; Max-Age=34560000; Path=/; SameSite=Lax; HttpOnly"
 
 @dataclass(frozen=True)
 class Step:
-    """One request and what must come back. `cookie`: whether it is "new", "removed" or not mentioned; `looks`: Vary."""
+    """One request and what must come back. `cookie`: whether it is "new", "removed" or not mentioned; `looks`: Vary;
+    `choice`: what the client is told of the visitor's consent."""
 
     request: str
     body: Any = None
@@ -25,6 +26,7 @@ class Step:
     cookie: str | None = None
     looks: bool = True
     sends: dict[str, str] = field(default_factory=dict)
+    choice: str | None = None
 
 
 def error(request: str, status: int, **options: Any) -> Step:
