@@ -529,6 +529,21 @@ async def test_a_commit_seldom_touches_an_index(postgres: PostgresServer, postgr
     assert within_the_page >= count * 0.9
 
 
+@asynchronous
+async def test_the_planners_statistics_show_nothing_of_what_sessions_hold(
+    postgres: PostgresServer, postgres_database: str, url: str
+) -> None:
+    """They are samples of what the columns held, which outlive the rows until the table is analysed again."""
+    async with opened(url) as backend:
+        await backend.write([live(number, body=b"said by %d" % number) for number in range(100)])
+        postgres.run("ANALYZE shmsession", postgres_database)
+        statement = "SELECT attname, histogram_bounds::text FROM pg_stats WHERE tablename = 'shmsession'"
+        shown = dict(postgres.run(statement, postgres_database))
+        assert "handle" in shown, "it was analysed"
+        assert b"said by".hex() not in str(shown)
+        assert "body" not in shown
+
+
 # ── what nobody may see ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -45,7 +45,7 @@ CREATE TABLE {table} (
     was_epoch int8,
     was_version int8
 ) WITH (fillfactor = 80);
-ALTER TABLE {table} ALTER COLUMN body SET STORAGE EXTERNAL;
+ALTER TABLE {table} ALTER COLUMN body SET STORAGE EXTERNAL, ALTER COLUMN body SET STATISTICS 0;
 CREATE INDEX {user_index} ON {table} ("user") WHERE state = 1;
 CREATE INDEX {horizon_index} ON {table} (horizon_hour);
 CREATE TABLE {meta} (version int4 NOT NULL);
