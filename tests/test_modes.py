@@ -1,18 +1,14 @@
 """When a session is kept: always, when the visitor agrees, or when the application says so; and how it is erased."""
 
-import asyncio
-import sqlite3
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shmsession import Key, Session, SessionConfig, SessionMode, SessionStore
+from shmsession import Session, SessionMode, SessionStore
 from shmsession.errors import NotCreated, ResponseStarted
 from shmsession.hooks import Created, Destroyed, Event
-from shmsession.memory.tables import Tables, Txn
 from shmsession.testing import make_store
 from tests.asking import PROTOCOLS, Visitor
 
@@ -346,46 +342,3 @@ def test_hooks_hear_of_sessions_that_begin_and_end(place: Path) -> None:
         handle = visitor.ask(lambda session: session.handle).result
         visitor.ask(decline)
         assert events == [Created(handle, logged_in=False), Destroyed(handle)]
-
-
-# ── nothing is left ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def live_bytes(store: SessionStore) -> bytes:
-    """Everything in every table of the memory store, as LMDB serves it."""
-
-    def work(txn: Txn, tables: Tables) -> bytes:
-        return b"".join(bytes(key) + bytes(value) for table in tables for key, value in txn.cursor(table))
-
-    return store.memory.environment.read(work)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_after_withdrawal_and_a_flush_memory_and_sqlite_hold_no_trace(place: Path, protocol: str) -> None:
-    """LMDB's live pages, the outbox, the file of SQLite and its log, once that has been written back."""
-    file = place / "sessions.db"
-    config = SessionConfig(
-        directory=place / "s", name="test", map_size=4 << 20, secure=False, keys=(Key.generate(),),
-        mode=SessionMode.OPT_IN, flush_interval=timedelta(seconds=60),
-    )  # fmt: skip
-    with SessionStore(f"sqlite:///{file}", config=config) as store:
-        visitor = Visitor(store, protocol)
-
-        def agree(session: Session) -> None:
-            session.set_store(True)
-            session["v"] = MARK
-            session.renew(user_id=f"user {MARK}")
-            session.flash(MARK)
-
-        visitor.ask(agree)
-        assert asyncio.run(store.flush())
-        assert MARK.encode() in live_bytes(store)
-        assert MARK.encode() in b"".join(path.read_bytes() for path in place.glob("sessions.db*"))
-        visitor.ask(decline)
-        assert asyncio.run(store.flush())
-        assert MARK.encode() not in live_bytes(store)
-        assert len(store.memory.outbox) == 0
-    with sqlite3.connect(file) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
-    assert MARK.encode() not in b"".join(path.read_bytes() for path in place.glob("sessions.db*"))
