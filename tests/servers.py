@@ -216,6 +216,37 @@ class Pending:
             return _read_response(connection, empty=False)[0]
 
 
+class Lane:
+    """A connection over which requests go before the answers to those in front of them have come."""
+
+    def __init__(self, address: Address) -> None:
+        self._connection = dial(address)
+        self._file = self._connection.makefile("rb")
+
+    def send(self, requests: Iterable[bytes]) -> None:
+        """So many at once that neither side's buffers overflow."""
+        self._connection.sendall(b"".join(requests))
+
+    def answer(self) -> Answer:
+        """The next one; its body has a length. Raises Unanswered."""
+        status = self._line().split(" ", 2)[1]
+        headers = []
+        while line := self._line():
+            name, _, value = line.partition(":")
+            headers.append((name.lower(), value.strip()))
+        return Answer(int(status), headers, self._file.read(int(dict(headers)["content-length"])))
+
+    def _line(self) -> str:
+        line = self._file.readline()
+        if not line:
+            raise Unanswered("closed before the end of the headers")
+        return line.decode("latin-1").rstrip()
+
+    def close(self) -> None:
+        self._file.close()
+        self._connection.close()
+
+
 def _read_response(connection: socket.socket, *, empty: bool) -> tuple[Answer, bool]:
     """The answer, and whether the connection may serve another request."""
     received = b""

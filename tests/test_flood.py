@@ -1,18 +1,38 @@
 """G8: visitors without a session cost no memory, and those who flood it push out nobody who is logged in."""
 
 import asyncio
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from shmsession import Session, SessionStore, asgi, wsgi
 from shmsession.asgi import Message, Receive, Scope, Send
-from shmsession.ids import text_of
+from shmsession.ids import new_id, text_of
 from shmsession.wsgi import Environ, StartResponse
+from tests.databases import RedisServer
 from tests.figures import report, size
-from tests.servers import ASGI, GTHREAD, UVICORN, Answer, Browser, Kind, Running, Serve, last_commit
+from tests.kept import wait_for_empty_outbox
+from tests.memory import forget
+from tests.servers import (
+    ASGI,
+    GTHREAD,
+    UVICORN,
+    Answer,
+    Browser,
+    Kind,
+    Lane,
+    Running,
+    Serve,
+    Server,
+    last_commit,
+    wait_for,
+)
 
-pytest_plugins = ["tests.hosts"]
+pytest_plugins = ["tests.hosts", "tests.database_hosts"]
 
 
 async def asgi_reader(scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,3 +184,98 @@ def check_unavailable(answer: Answer) -> None:
     assert int(answer.header("retry-after") or 0) > 0
     assert answer.header("cache-control") == "no-store"
     assert answer.all("set-cookie") == []
+
+
+# ── ids that somebody made up ─────────────────────────────────────────────────────────────────────────────────
+
+LANES = 8
+DEPTH = 20
+
+
+def over(lanes: Sequence[Lane], requests: Iterable[bytes]) -> Iterator[tuple[bytes, Answer]]:
+    """Requests with their answers, in their order; twenty at a time go over each connection."""
+    waiting = iter(requests)
+    while (turn := [(lane, list(itertools.islice(waiting, DEPTH))) for lane in lanes])[0][1]:
+        for lane, batch in turn:
+            lane.send(batch)
+        for lane, batch in turn:
+            for request in batch:
+                yield request, lane.answer()
+
+
+def asks(method: str, path: str, session_id: str = "") -> bytes:
+    cookie = f"Cookie: session={session_id}\r\n" if session_id else ""
+    length = "Content-Length: 0\r\n" if method == "POST" else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}{cookie}\r\n".encode()
+
+
+def begin_sessions(lanes: Sequence[Lane], count: int) -> dict[bytes, str]:
+    """Sessions with a number each: the request that asks for one, and which number it is."""
+    begun = {}
+    for _, answer in over(lanes, (asks("POST", f"/set/n/{number}") for number in range(count))):
+        (cookie,) = answer.all("set-cookie")
+        begun[asks("GET", "/session", cookie.partition("=")[2].partition(";")[0])] = answer.json["value"]
+    assert len(begun) == count
+    return begun
+
+
+def is_spared(server: Server, store: SessionStore) -> bool:
+    """Whether the backend is not asked for an id that nobody was given."""
+    before = store.stats().counters["spared"]
+    assert server.browser({"session": new_id()}).get("/session").json == {}
+    return store.stats().counters["spared"] > before
+
+
+def gets(redis: RedisServer) -> int:
+    """How many values Redis was asked for since its statistics were emptied."""
+    found = re.search(rb"cmdstat_get:calls=(\d+)", redis.ask("INFO", "commandstats"))
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", [GTHREAD, ASGI], ids=str)
+def test_made_up_plain_ids_hardly_reach_the_backend_and_hide_no_session(
+    serve: Serve, redis_server: RedisServer, kind: Kind
+) -> None:
+    """Amid the flood come those whose sessions only the backend has: each is found, by one look-up."""
+    total, sessions = size(1_000_000, 20_000) // 2, size(20_000, 250)
+    env = {"SHMSESSION_BACKEND": redis_server.url, "SHMSESSION_COOKIE_MODE": "plain", "SHMSESSION_MAP_SIZE": "64MiB"}
+    server = serve(kind, workers=2, env=env)
+    store = server.store()
+    with contextlib.ExitStack() as stack:
+        lanes = [stack.enter_context(contextlib.closing(Lane(server.address))) for _ in range(LANES)]
+        ours = begin_sessions(lanes, sessions)
+        wait_for_empty_outbox(store)
+        wait_for(lambda: is_spared(server, store), "it is known what the backend has")
+        forget(store.memory)
+        before = store.stats().counters
+        redis_server.ask("CONFIG", "RESETSTAT")
+        check_flood(lanes, ours, total)
+    counted = store.stats().counters
+    misses, spared = (counted[name] - before[name] for name in ("misses", "spared"))
+    asked = gets(redis_server)
+    report(
+        f"flood of plain ids, {kind}", ids=total, sessions=sessions, looked_up=misses - spared - sessions,
+        asked_of_redis=asked - sessions,
+    )  # fmt: skip
+    assert misses == total + sessions
+    assert 0 <= misses - spared - sessions < total // 100
+    assert 0 <= asked - sessions < total // 100, "the flusher's own questions included"
+
+
+def check_flood(lanes: Sequence[Lane], ours: Mapping[bytes, str], total: int) -> None:
+    """Between any two of ours come some that nobody was given."""
+
+    def requests() -> Iterator[bytes]:
+        for number, request in enumerate(ours):
+            for _ in range(total * number // len(ours), total * (number + 1) // len(ours)):
+                yield asks("GET", "/session", new_id())
+            yield request
+
+    found = 0
+    for request, answer in over(lanes, requests()):
+        assert answer.status == 200
+        assert answer.all("set-cookie") == []
+        assert answer.json == ({"n": ours[request]} if request in ours else {})
+        found += request in ours
+    assert found == len(ours)
