@@ -138,7 +138,7 @@ class Browser:
 
     def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Send it with the jar's cookies and keep what the answer sets. Raises Unanswered."""
-        answer = self.send(self._raw(method, path, headers), empty=method == "HEAD")
+        answer = self.send(self.raw(method, path, headers), empty=method == "HEAD")
         for cookie in answer.all("set-cookie"):
             self._keep(cookie)
         self.own |= {name: value for name in self.own if (value := answer.header(name.lower())) is not None}
@@ -147,10 +147,11 @@ class Browser:
     def begin(self, method: str, path: str) -> "Pending":
         """Send a request with the jar's cookies over a connection of its own; its answer leaves the jar alone."""
         connection = dial(self.address)
-        connection.sendall(self._raw(method, path, {"Connection": "close"}))
+        connection.sendall(self.raw(method, path, {"Connection": "close"}))
         return Pending(connection)
 
-    def _raw(self, method: str, path: str, headers: Mapping[str, str] | None) -> bytes:
+    def raw(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> bytes:
+        """The request as it is sent."""
         headers = {**self.own, **(headers or {})}
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in headers.items())]
         if method == "POST":
@@ -228,13 +229,13 @@ class Lane:
         self._connection.sendall(b"".join(requests))
 
     def answer(self) -> Answer:
-        """The next one; its body has a length. Raises Unanswered."""
+        """The next one, be it interim; without a length it has no body. Raises Unanswered."""
         status = self._line().split(" ", 2)[1]
         headers = []
         while line := self._line():
             name, _, value = line.partition(":")
             headers.append((name.lower(), value.strip()))
-        return Answer(int(status), headers, self._file.read(int(dict(headers)["content-length"])))
+        return Answer(int(status), headers, self._file.read(int(dict(headers).get("content-length", "0"))))
 
     def _line(self) -> str:
         line = self._file.readline()
