@@ -146,7 +146,7 @@ class SessionStore(Committer):
         return self
 
     def close(self) -> None:
-        """Close the memory store in this process; sessions stay. A later use opens it again.
+        """Close the memory store in this process; sessions stay. A later use opens it again, and reads the key file.
 
         What waits for the backend goes on waiting; `flush` sends it first.
         """
@@ -159,6 +159,8 @@ class SessionStore(Committer):
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
+        for cached in ("transport", "keyring"):  # else a server that preloads would never hear of new Keys
+            self.__dict__.pop(cached, None)
 
     def __enter__(self) -> Self:
         return self.open()

@@ -145,12 +145,23 @@ class Straddler:
 
 @pytest.mark.soak
 def test_keys_are_changed_under_load_and_nobody_is_logged_out(serve: Serve, place: Path) -> None:
-    """One HUP a rotation. Every answer is a 200 that knows its visitor, and every hit is counted; in the end the newest
-    Key alone opens all, for each session has been sealed anew, and the first one opens nothing any more."""
-    rotations, file = size(10_000, 500), KeyFile(place / "keys")
+    """One HUP a rotation. Every answer is a 200 that knows its visitor, and every hit is counted."""
+    rotate(serve, place, size(10_000, 500))
+
+
+def test_a_preloaded_application_reads_the_key_file_at_every_reload_too(serve: Serve, place: Path) -> None:
+    """The arbiter keeps the application, not its Keys."""
+    rotate(serve, place, 2 * KEPT, preload=True)
+
+
+def rotate(serve: Serve, place: Path, rotations: int, *, preload: bool = False) -> None:
+    """In the end the newest Key alone opens all, for each session has been sealed anew, and the first nothing more."""
+    file = KeyFile(place / "keys")
     (place / "conf.py").write_text(CONFIGURATION.format(place=str(place)))
     env = {"SHMSESSION_KEY": "", "SHMSESSION_KEY_FILE": str(file.path)}
-    server = serve(SYNC, workers=1, env=env, config=place / "conf.py", app="tests.rotating_app:app")
+    server = serve(
+        SYNC, workers=1, env=env, config=place / "conf.py", app="tests.rotating_app:app", preload=preload
+    )  # fmt: skip
     visitors = [Visitor(server.browser(), f"u{number}") for number in range(VISITORS)]
     first = [visitor.log_in() for visitor in visitors]
     straddler = Straddler(server.browser())
@@ -166,7 +177,7 @@ def test_keys_are_changed_under_load_and_nobody_is_logged_out(serve: Serve, plac
         assert server.browser(cookies).get("/whoami").json == {}
         assert visitor.cookies >= rotations, "each Key has sealed it"
     report(
-        "rotations of the keyring over HUP", rotations=rotations, logouts=0, unanswered=0,
+        "rotations of the keyring over HUP", rotations=rotations, preload=preload, logouts=0, unanswered=0,
         answers=sum(visitor.answers for visitor in visitors), seconds_each=round(seconds / rotations, 3),
     )  # fmt: skip
 
