@@ -33,6 +33,8 @@ MAX_AGE: Final = timedelta(days=400)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
+_DOMAIN = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,=:@%\[\]-]*)+")
 _SIZE = re.compile(r"([0-9]{1,15})\s*(|KiB|MiB|GiB)")
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -311,6 +313,16 @@ class SessionConfig:
                 )
         if not self.path.startswith("/"):
             raise ConfigError(f"path {self.path!r}: begin it with /")
+        if not _PATH.fullmatch(self.path):
+            raise ConfigError(
+                f"path {self.path!r}: browsers never send its cookie back: write it as it stands in their requests, "
+                "with %22 for a quotation mark and so on, without a query, . or .."
+            )
+        if self.domain is not None and not _DOMAIN.fullmatch(self.domain):
+            raise ConfigError(
+                f"browsers refuse the domain {self.domain!r}: write a host's name, such as example.com, without a "
+                "scheme, a port or a final dot"
+            )
         if not self.secure:
             for what, refused in (
                 ("same_site='None'", self.same_site == "None"),

@@ -275,7 +275,13 @@ REFUSED_COOKIES: list[tuple[dict[str, Any], str]] = [
     ({"storable_cookie_name": "a b"}, "cookie_name"),
     ({"storable_cookie_name": "__Host-session"}, "another name"),
     ({"cookie_name": "x", "domain": "é.example"}, "domain"),
-]
+    *[({"cookie_name": "x", "domain": domain}, "write a host's name") for domain in (
+        "example.com:80", "https://example.com", "example.com/", "example.com.", "*.example.com", "..example.com", ".",
+    )],
+    *[({"cookie_name": "x", "path": path}, "never send its cookie back") for path in (
+        '/"x"', "/a?b", "/a#b", "/<x>", "/a\\b", "/{x}", "/a^b", "/a|b", "/a`b", "/.", "/a/../b", "/a/./b", "/a/..",
+    )],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED_COOKIES, ids=[str(at) for at in range(len(REFUSED_COOKIES))])
@@ -294,6 +300,8 @@ def test_a_cookie_that_browsers_refuse_is_refused_at_construction(settings: dict
         {"secure": False, "domain": "example.com", "path": "/app", "same_site": "Strict"},
         {"http_only": False},
         {"cookie_name": "a.b~c!"},
+        {"cookie_name": "x", "domain": ".example.com", "path": "/a%22/.b/..c/d.//"},
+        {"cookie_name": "x", "domain": "x_y.xn--e1afmkfd", "path": "/app/'$&()*+,=:@!~[1]"},
     ],
 )
 def test_a_cookie_that_browsers_keep_is_accepted(settings: dict[str, Any]) -> None:
