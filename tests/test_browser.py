@@ -154,3 +154,102 @@ def expected(settings: Settings, cookie: Any, origin: str) -> Any:
     if settings["partitioned"]:
         wanted |= {"partitionKey": origin.rpartition(":")[0], "_crHasCrossSiteAncestor": False}
     return wanted
+
+
+def test_a_path_is_refused_when_chromium_does_not_send_its_cookie_back(browse: Browse, host: Host) -> None:
+    """It writes some characters in another way than they stand in Set-Cookie, and then does not recognise the path."""
+    paths = [f"/a{chr(code)}b" for code in range(0x21, 0x7F) if chr(code) != ";"]
+    paths += ["/", "/a/", "//", "/a//b", "/%41", "/.a", "/..a/b", "/.", "/..", "/./a", "/a/.", "/a/../b", "/a/.."]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Its answer is the cookie that came."""
+        headers = dict(scope["headers"])
+        path = headers.get(b"x-path", b"/")
+        await answer(send, headers.get(b"cookie", b"").decode(), [(b"set-cookie", b"x=1; Path=" + path)])
+
+    site = host(app)
+
+    async def visit(context: BrowserContext) -> list[str]:
+        page = await context.new_page()
+        await page.goto(site.at())
+        lost = []
+        for path in paths:
+            await context.clear_cookies()
+            await page.evaluate(PATH, path)
+            if await page.evaluate(PATH, path) != "x=1":
+                lost.append(path)
+        return lost
+
+    assert browse(visit) == [path for path in paths if is_refused({"cookie_name": "x", "path": path})]
+
+
+PATH: Final = "async path => (await fetch(location.origin + path, {headers: {'X-Path': path}})).text()"
+
+
+def test_a_domain_is_refused_when_chromium_drops_its_cookie_everywhere(browse: Browse, host: Host) -> None:
+    domains = (
+        "example.test", ".example.test", "EXAMPLE.Test", "app.example.test", "example.test.", "example.test:80", ".",
+        "http://example.test", "example.test/", "*.example.test", "..example.test", "example..test",
+    )  # fmt: skip
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        lines = [f"x{at}=1; Domain={domain}".encode() for at, domain in enumerate(domains)]
+        await answer(send, "", [(b"set-cookie", line) for line in lines])
+
+    site = host(app)
+
+    async def visit(context: BrowserContext) -> list[str]:
+        page = await context.new_page()
+        await page.goto(site.at("app.example.test"))
+        return [cookie["name"] for cookie in await context.cookies()]
+
+    kept = [domain for domain in domains if not is_refused({"cookie_name": "x", "domain": domain})]
+    assert sorted(browse(visit)) == sorted(f"x{domains.index(domain)}" for domain in kept)
+
+
+@pytest.mark.parametrize("domain", [None, "example.test"])
+def test_a_domain_lets_other_hosts_of_it_see_the_session(
+    browse: Browse, host: Host, place: Path, domain: str | None
+) -> None:
+    """Without one, and whatever the application, a session is one host's."""
+    counters = Counters(place, [{"secure": True, "cookie_name": "__Secure-sid", "domain": domain}])
+    site = host(counters, tls=True)
+
+    async def visit(context: BrowserContext) -> list[str]:
+        page = await context.new_page()
+        seen = []
+        for name in ("a.example.test", "b.example.test", "a.example.test"):
+            await page.goto(f"{site.at(name)}/0")
+            seen.append(await page.inner_text("body"))
+        return seen
+
+    try:
+        assert browse(visit) == (["1", "1", "2"] if domain is None else ["1", "2", "3"])
+    finally:
+        counters.close()
+
+
+def test_a_long_term_session_outlives_the_browser_and_others_do_not(browse: Browse, host: Host, place: Path) -> None:
+    """With browser_session=True: "remember me" gives its cookie a Max-Age, and taking it back takes that away."""
+    store = make_store(place, browser_session=True)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        session = Session.of(scope)
+        session["seen"] = True
+        if scope["path"] != "/":
+            session.set_longterm(scope["path"] == "/remember")
+        await answer(send, "")
+
+    site = host(SessionMiddleware(app, store))
+
+    async def visit(context: BrowserContext) -> list[float]:
+        page = await context.new_page()
+        ends = []
+        for path in ("/", "/remember", "/", "/forget"):
+            await page.goto(site.at() + path)
+            ends += [cookie["expires"] for cookie in await context.cookies()]
+        return ends
+
+    kept = pytest.approx(time.time() + 400 * DAY, abs=120)
+    with store:
+        assert browse(visit) == [-1, kept, kept, -1]
