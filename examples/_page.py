@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
+
+from shmsession import SessionMode, SessionStore
 
 COLOURS = {"teal": "#0d9488", "violet": "#7c3aed", "amber": "#b45309"}
 
@@ -76,6 +78,20 @@ table { width: 100%; border-collapse: collapse; }
 td { padding: .4rem 0; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child td { border-top: 0; padding-top: 0; }
 td:first-child { width: 32%; padding-right: 1rem; color: var(--soft); }
+.said {
+  margin-top: 1rem; padding: .7rem 1rem; border-radius: .7rem; color: var(--ink);
+  background: color-mix(in oklab, var(--accent) 12%, var(--card)); border: 1px solid var(--accent);
+}
+.banner {
+  position: sticky; bottom: 1rem; margin-top: 1rem; flex-flow: row wrap; gap: .8rem 2rem; align-items: center;
+  border-color: var(--accent); box-shadow: 0 .6rem 2rem rgb(0 0 0 / .18);
+}
+.banner > div:first-child { flex: 1 1 20rem; }
+.banner h2 { font-size: 1.05rem; color: var(--ink); margin-bottom: .2rem; }
+.banner p { font-size: .94rem; }
+.banner .row { margin: 0; gap: .6rem; }
+.banner button { width: 100%; min-width: 8rem; padding: .6rem; }
+@media (max-width: 40rem) { .banner { bottom: .6rem; } .banner .row { flex: 1; } .banner form { flex: 1; } }
 iframe {
   flex: 1 0 auto; width: 100%; height: 5rem; margin-top: .9rem;
   border: 1px solid var(--line); border-radius: .55rem;
@@ -124,8 +140,32 @@ def card(title: str, *inside: str, kind: str = "") -> str:
     return f'<section class="{kind}"><h2>{escape(title)}</h2>{"".join(inside)}</section>'
 
 
-def page(data: Mapping[str, Any], *, pid: int, app: str) -> str:
-    """The whole page, for the session's ``data`` as the worker ``pid`` saw it."""
+def must_ask(store: SessionStore, cookies: Mapping[str, str]) -> bool:
+    """Whether the visitor's consent matters, and the readable cookie does not say what they chose."""
+    chosen = cookies.get(store.config.effective_storable_cookie_name)
+    return store.mode is not SessionMode.PERSISTENT and chosen not in ("true", "false")
+
+
+def said(messages: Iterable[tuple[Any, str]]) -> str:
+    """What the last requests left to be shown, once."""
+    lines = (f'<p class="said {escape(category)}">{escape(str(message))}</p>' for message, category in messages)
+    return f'<div role="status">{"".join(lines)}</div>'
+
+
+BANNER = f"""<section class="banner" aria-label="Your consent">
+  <div>
+    <h2>May this site remember you?</h2>
+    <p>If you accept, it keeps your cart, your colour and your login. If you decline, it forgets them after each answer.
+    You can change your mind at the end of this page.</p>
+  </div>
+  {row(post("/accept", "Accept", main=True), post("/decline", "Decline", main=True))}
+</section>"""
+
+
+def page(
+    data: Mapping[str, Any], *, pid: int, app: str, ask: bool = False, messages: Iterable[tuple[Any, str]] = ()
+) -> str:
+    """The whole page, for the session's ``data`` as the worker ``pid`` saw it; ``ask``: with the consent banner."""
     user = data.get("user")
     accent = COLOURS.get(str(data.get("colour")), "#2563eb")
     cards = [
@@ -192,8 +232,10 @@ def page(data: Mapping[str, Any], *, pid: int, app: str) -> str:
   </div>
   <p class="worker"><i></i><span>answered by worker <b>{pid}</b></span><a class="button" href="/">Reload</a></p>
 </header>
+{said(messages)}
 <main>
 {"".join(cards)}
 </main>
+{BANNER if ask else ""}
 </html>
 """

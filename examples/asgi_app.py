@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from examples._page import page
+from examples._page import must_ask, page
 from examples._paths import encoded_path_asgi
 from examples._start import store_or_exit
 from shmsession import Session
@@ -45,10 +45,12 @@ store = store_or_exit()
 # --- answers: JSON that says which worker it was ---
 
 
-def answer(request: Request, **body: Any) -> Response:
-    """``body`` and the worker's pid; a form on the page is sent back to the page."""
+def answer(request: Request, *, say: str = "", **body: Any) -> Response:
+    """``body`` and the worker's pid; a form on the page is sent back to the page, which then shows what to ``say``."""
     body["pid"] = os.getpid()
     if request.method == "POST" and "text/html" in request.headers.get("Accept", ""):
+        if say:
+            Session.of(request).flash(say)
         return reply(body, 303, {"Location": "/"})
     return reply(body)
 
@@ -100,8 +102,10 @@ def of_kind(kind: type[T], value: object, key: str) -> T:
 
 
 async def index(request: Request) -> Response:
-    data = Session.of(request).to_dict()
-    return HTMLResponse(page(data, pid=os.getpid(), app="Starlette"), headers={"X-Worker-Pid": str(os.getpid())})
+    session, pid = Session.of(request), os.getpid()
+    ask, messages = must_ask(store, request.cookies), session.flashes()
+    html = page(session.to_dict(), pid=pid, app="Starlette", ask=ask, messages=messages)
+    return HTMLResponse(html, headers={"X-Worker-Pid": str(pid)})
 
 
 # --- counting: atomic over all workers, and the plain way ---
@@ -161,7 +165,7 @@ async def login(request: Request) -> Response:
     session, user = Session.of(request), request.path_params["user"]
     session.renew(user_id=user)
     session["user"] = user
-    return answer(request, user=user)
+    return answer(request, say=f"Welcome, {user}.", user=user)
 
 
 async def whoami(request: Request) -> Response:

@@ -18,7 +18,7 @@ from flask import Flask, Response, abort, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
-from examples._page import page
+from examples._page import must_ask, page
 from examples._paths import encoded_path_wsgi
 from examples._start import store_or_exit
 from shmsession import Session
@@ -45,10 +45,12 @@ app.wsgi_app = SessionMiddleware(encoded_path_wsgi(app.wsgi_app), store=store)  
 # --- answers: JSON that says which worker it was ---
 
 
-def answer(**body: Any) -> Response:
-    """``body`` and the worker's pid; a form on the page is sent back to the page."""
+def answer(*, say: str = "", **body: Any) -> Response:
+    """``body`` and the worker's pid; a form on the page is sent back to the page, which then shows what to ``say``."""
     body["pid"] = os.getpid()
     if request.method == "POST" and "text/html" in request.headers.get("Accept", ""):
+        if say:
+            Session.of(request).flash(say)
         return reply(body, 303, {"Location": "/"})
     return reply(body)
 
@@ -104,8 +106,10 @@ def of_kind(kind: type[T], value: object, key: str) -> T:
 
 @app.get("/")
 def index() -> Response:
-    data = Session.of(request).to_dict()
-    return Response(page(data, pid=os.getpid(), app="Flask"), headers={"X-Worker-Pid": str(os.getpid())})
+    session, pid = Session.of(request), os.getpid()
+    ask, messages = must_ask(store, request.cookies), session.flashes()
+    html = page(session.to_dict(), pid=pid, app="Flask", ask=ask, messages=messages)
+    return Response(html, headers={"X-Worker-Pid": str(pid)})
 
 
 # --- counting: atomic over all workers, and the plain way ---
@@ -172,7 +176,7 @@ def login(user: str) -> Response:
     session = Session.of(request)
     session.renew(user_id=user)
     session["user"] = user
-    return answer(user=user)
+    return answer(say=f"Welcome, {user}.", user=user)
 
 
 @app.get("/whoami")

@@ -266,3 +266,21 @@ def test_without_shmsession_secure_the_cookie_has_the_host_prefix_and_secure(pla
         assert browser.post("/logout").all("set-cookie") == [
             "__Host-session=; Max-Age=0; Path=/; SameSite=Lax; HttpOnly; Secure"
         ]
+
+
+@pytest.mark.parametrize("kind", [GTHREAD, ASGI], ids=str)
+def test_in_manual_mode_storing_before_create_is_a_conflict_that_names_it(place: Path, kind: Kind) -> None:
+    """Reading is none, and after create() all is as ever."""
+    with Server(kind, place, workers=1, env={"SHMSESSION_MODE": "manual"}) as server:
+        browser = server.browser()
+        asked = ["GET /hit", "GET /visit", "POST /set/a/1", "POST /cart/tea", "POST /append/tea", "POST /login/ada"]
+        for request in [*asked, "POST /renew", "POST /clear", "POST /remember", "POST /slow/a/1?seconds=0"]:
+            method, path = request.split(" ")
+            answer = browser.request(method, path)
+            assert (answer.status, list(answer.json)) == (409, ["error"]), request
+            assert "create()" in answer.json["error"]
+            assert answer.all("set-cookie") == []
+        assert browser.get("/session").json == {}
+        assert browser.get("/").status == 200
+        browser.post("/create")
+        assert browser.get("/hit").json["hits"] == 1
