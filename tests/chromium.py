@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
+import pytest
 import uvicorn
 from playwright.async_api import Browser, BrowserContext, Playwright, async_playwright
 
@@ -107,13 +108,22 @@ class Chromium:
     async def _started(self) -> Browser:
         if self._browser is None:
             before = set(children(os.getpid()))
-            self._driver = await async_playwright().start()
+            self._driver = await _start_driver()
             self._processes = set(children(os.getpid())) - before
             environ: dict[str, str | float | bool] = {**os.environ, "HOME": str(self._home)}
             self._browser = await self._driver.chromium.launch(
                 executable_path=program(), args=[*FLAGS], chromium_sandbox=False, env=environ
             )
         return self._browser
+
+
+async def _start_driver() -> Playwright:
+    """Playwright's own program, with the libraries that ./dev has unpacked for it where the system lacks them."""
+    node = shutil.which("playwright-node")
+    with pytest.MonkeyPatch.context() as patch:
+        if node:
+            patch.setenv("PLAYWRIGHT_NODEJS_PATH", node)
+        return await async_playwright().start()
 
 
 class Site(NamedTuple):
