@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
 from enum import Enum
-from html import unescape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 import flask
 import pytest
@@ -151,25 +149,6 @@ def drive_readonly(app: Any) -> None:
         bare_asgi_texts(app, "POST /cart/tea", "GET /steal")
 
 
-def drive_strict(app: Any) -> None:
-    """The browser leaves the cookie out when the provider sends it back, and only then."""
-    browser = TestClient(app, follow_redirects=False)
-    away = browser.get("/oauth/start")
-    assert "SameSite=Strict" in away.headers["set-cookie"]
-    (state,) = parse_qs(urlsplit(away.headers["location"]).query)["state"]
-    assert browser.get(f"/oauth/finish?code=1&state={state}x").status_code == 403
-    assert TestClient(app).get(f"/oauth/finish?code=1&state={state}").status_code == 403
-
-    state = parse_qs(urlsplit(browser.get("/oauth/start").headers["location"]).query)["state"][0]
-    back = f"/oauth/landing?code=1&state={state}"
-    landing = TestClient(app).get(back)
-    assert "set-cookie" not in landing.headers
-    onward = re.search('content="0; url=([^"]+)"', landing.text)
-    assert onward is not None
-    assert browser.get(unescape(onward[1])).headers["location"] == "/"
-    assert browser.get("/").text == "ada"
-
-
 def drive_api(app: Any) -> None:
     """A client with its token, from another origin; a 503 has the headers that let it be read."""
 
@@ -217,7 +196,6 @@ APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "with_login.py": drive_login,
     "with_readonly.py": drive_readonly,
     "with_starlette.py": visit(asgi_texts),
-    "with_strict.py": drive_strict,
     "with_websocket.py": drive_websocket,
     "with_wsgi.py": visit(wsgi_texts),
 }
