@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from shmsession import SessionMode, SessionStore
-
 COLOURS = {"teal": "#0d9488", "violet": "#7c3aed", "amber": "#b45309"}
 
 VERBS = ("create", "renew", "clear", "accept", "decline", "remember")
@@ -138,12 +136,6 @@ def contents(data: Mapping[str, Any]) -> str:
 
 def card(title: str, *inside: str, kind: str = "") -> str:
     return f'<section class="{kind}"><h2>{escape(title)}</h2>{"".join(inside)}</section>'
-
-
-def must_ask(store: SessionStore, cookies: Mapping[str, str]) -> bool:
-    """Whether the visitor's consent matters, and the readable cookie does not say what they chose."""
-    chosen = cookies.get(store.config.effective_storable_cookie_name)
-    return store.mode is not SessionMode.PERSISTENT and chosen not in ("true", "false")
 
 
 def said(messages: Iterable[tuple[Any, str]]) -> str:

@@ -23,10 +23,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from examples._page import must_ask, page
+from examples._page import page
 from examples._paths import encoded_path_asgi
 from examples._start import store_or_exit
-from shmsession import Session
+from shmsession import Session, SessionMode
 from shmsession.asgi import SessionMiddleware
 from shmsession.errors import NotCreated, SessionGone, SessionTooLarge
 
@@ -103,8 +103,8 @@ def of_kind(kind: type[T], value: object, key: str) -> T:
 
 async def index(request: Request) -> Response:
     session, pid = Session.of(request), os.getpid()
-    ask, messages = must_ask(store, request.cookies), session.flashes()
-    html = page(session.to_dict(), pid=pid, app="Starlette", ask=ask, messages=messages)
+    ask = session.consent is None and store.mode is not SessionMode.PERSISTENT
+    html = page(session.to_dict(), pid=pid, app="Starlette", ask=ask, messages=session.flashes())
     return HTMLResponse(html, headers={"X-Worker-Pid": str(pid)})
 
 

@@ -18,10 +18,10 @@ from flask import Flask, Response, abort, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
-from examples._page import must_ask, page
+from examples._page import page
 from examples._paths import encoded_path_wsgi
 from examples._start import store_or_exit
-from shmsession import Session
+from shmsession import Session, SessionMode
 from shmsession.errors import NotCreated, SessionGone, SessionTooLarge
 from shmsession.wsgi import SessionMiddleware
 
@@ -107,8 +107,8 @@ def of_kind(kind: type[T], value: object, key: str) -> T:
 @app.get("/")
 def index() -> Response:
     session, pid = Session.of(request), os.getpid()
-    ask, messages = must_ask(store, request.cookies), session.flashes()
-    html = page(session.to_dict(), pid=pid, app="Flask", ask=ask, messages=messages)
+    ask = session.consent is None and store.mode is not SessionMode.PERSISTENT
+    html = page(session.to_dict(), pid=pid, app="Flask", ask=ask, messages=session.flashes())
     return Response(html, headers={"X-Worker-Pid": str(pid)})
 
 

@@ -116,7 +116,7 @@ class Committer(ABC):
         else:
             self._commit(session, now)
         session.settle()
-        if not (session.owes_cookie or session.drops_cookie or session.through or session.consent is not None):
+        if not (session.owes_cookie or session.drops_cookie or session.through or session.choice is not None):
             return LOOKED if session.accessed else UNTOUCHED
         through, session.through = session.through, ()
         return Outcome(session.accessed, self._headers(session, now), through if self.is_persistent else ())
@@ -152,8 +152,8 @@ class Committer(ABC):
         elif not session.gone and session.drops_cookie:
             headers = self.transport.expire(origin)
         if session.tells_choice:
-            assert session.consent is not None
-            headers = [*headers, *self.transport.choose(session.consent, origin)]
+            assert session.choice is not None
+            headers = [*headers, *self.transport.choose(session.choice, origin)]
             session.told()
         return headers
 

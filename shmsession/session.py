@@ -87,7 +87,7 @@ class Session(Flashes):
     """Sessions for which the response waits until the backend has heard of them."""
     origin: Any = None
     """What the transport is to be told when it answers this request."""
-    consent: bool | None = None
+    choice: bool | None = None
     """What the visitor chose in this request; None: nothing, or it is known to be so."""
     _chosen: bool | None = None
     _presented = _stale_cookie = False
@@ -208,10 +208,24 @@ class Session(Flashes):
             return self.edits.storable
         if self.record is not None:
             return bool(self.record.header.flags & STORABLE)
-        chosen = self._chosen if self.consent is None else self.consent
         if self.port.mode is SessionMode.PERSISTENT:
             return True
+        chosen = self.consent
         return chosen is True or (chosen is None and self.port.mode is SessionMode.MANUAL)
+
+    @property
+    def consent(self) -> bool | None:
+        """Whether the visitor agreed to be remembered, in this request or before (`set_store`); None: not asked yet.
+
+        Always None in persistent mode, where nobody is asked.
+        """
+        self._look()
+        if self.port.mode is SessionMode.PERSISTENT:
+            return None
+        chosen = self._chosen if self.choice is None else self.choice
+        if chosen is None and self.record is not None and self.port.mode is SessionMode.OPT_IN:
+            return True  # the cookie that says so is gone, but not the session
+        return chosen
 
     @property
     def longterm(self) -> bool:
@@ -341,10 +355,10 @@ class Session(Flashes):
         if self.port.mode is SessionMode.PERSISTENT:
             edits.storable = bool(storable)
         elif storable:
-            edits.storable = self.consent = True
+            edits.storable = self.choice = True
         else:
             self.destroy()
-            self.consent = False
+            self.choice = False
             if self.headers_sent:
                 raise ResponseStarted(
                     "the session is erased, but the response has begun, so that the choice cannot be remembered: call "
@@ -373,8 +387,8 @@ class Session(Flashes):
     def discard(self) -> None:
         """See WorkingCopy. That the visitor agreed is forgotten too, that they did not is done."""
         super().discard()
-        if self.consent:
-            self.consent = None
+        if self.choice:
+            self.choice = None
 
     def committed(self, session_id: str, handle: bytes, record: Record, changes: Changes) -> None:
         """Stand at what was just committed."""
@@ -385,12 +399,12 @@ class Session(Flashes):
 
     def told(self) -> None:
         """The response carries what the visitor chose."""
-        self._chosen, self.consent = self.consent, None
+        self._chosen, self.choice = self.choice, None
 
     @property
     def tells_choice(self) -> bool:
         """Whether the response must carry what the visitor chose, which the client does not know yet."""
-        return self.consent is not None and self.consent is not self._chosen
+        return self.choice is not None and self.choice is not self._chosen
 
     def wait_for(self, handle: bytes) -> None:
         """Hold the response back until the backend has heard of this session."""

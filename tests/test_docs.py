@@ -50,7 +50,7 @@ STORE_INTERNALS: Final = {
     "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
-    "assign", "assigned", "begin_anew", "committed", "consent", "discard", "drops_cookie", "edit", "edits",
+    "assign", "assigned", "begin_anew", "choice", "committed", "discard", "drops_cookie", "edit", "edits",
     "encoded_user", "gone", "headers_sent", "is_emptied", "is_pending", "is_settled", "loaded", "max_size", "moved_to",
     "origin", "owes_cookie", "pending", "port", "put", "raw_handle", "rebase", "record", "replaced", "secret", "settle",
     "start", "stored", "take", "tells_choice", "through", "told", "unavailable", "wait_for",

@@ -96,7 +96,9 @@ def test_with_consent_the_session_is_kept_and_the_choice_remembered(come: Come) 
         session["v"] = MARK
         return before, session.storable
 
+    assert visitor.ask(lambda session: session.consent).result is None
     assert visitor.ask(agree).result == (False, True)
+    assert visitor.ask(lambda session: session.consent).result is True
     assert consent_of(visitor) == "true"
     assert visitor.data() == {"v": MARK}
     visitor.ask(lambda session: session.destroy())
@@ -105,6 +107,20 @@ def test_with_consent_the_session_is_kept_and_the_choice_remembered(come: Come) 
     visitor.ask(put)
     assert visitor.data() == {"v": MARK}
     assert visitor.ask(accept).all("set-cookie") == [], "it is known"
+
+
+def test_a_session_that_is_there_was_agreed_to_though_the_choice_is_lost(come: Come) -> None:
+    """Somebody cleared that cookie alone."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def agree(session: Session) -> None:
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(agree)
+    visitor.cookies.pop("session-storable", None)
+    visitor.consent = None
+    assert visitor.ask(lambda session: (session.consent, session.to_dict())).result == (True, {"v": MARK})
 
 
 def test_agreeing_alone_stores_no_session(come: Come) -> None:
@@ -169,7 +185,7 @@ def test_who_declines_is_not_asked_again(come: Come) -> None:
     visitor = come(SessionMode.OPT_IN)
     visitor.ask(decline)
     assert consent_of(visitor) == "false"
-    assert visitor.ask(lambda session: session.storable).result is False
+    assert visitor.ask(lambda session: (session.storable, session.consent)).result == (False, False)
     visitor.ask(put)
     assert has_nothing(visitor)
 
@@ -292,7 +308,7 @@ def test_in_persistent_mode_no_choice_is_read_or_written(come: Come) -> None:
     answer = visitor.ask(memory_only)
     assert answer.all("set-cookie") == []
     assert visitor.data() == {"v": MARK}
-    assert visitor.ask(lambda session: session.storable).result is False
+    assert visitor.ask(lambda session: (session.storable, session.consent)).result == (False, None)
 
 
 # ── scripts, sockets, hooks ───────────────────────────────────────────────────────────────────────────────────

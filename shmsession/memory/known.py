@@ -48,8 +48,8 @@ class Known:
         if slots & (slots - 1) or os.fstat(self._descriptor).st_size < _HEADER_BYTES + slots:
             return 0
         if len(self._map) < _HEADER_BYTES + slots:
-            small, self._map = self._map, mmap.mmap(self._descriptor, _HEADER_BYTES + slots)
-            small.close()
+            # The small one is left to whoever reads it just now.
+            self._map = mmap.mmap(self._descriptor, _HEADER_BYTES + slots)
         return slots
 
     @property
