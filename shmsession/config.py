@@ -5,23 +5,33 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal
 
 from .errors import ConfigError
 from .ids import is_id
-from .keyring import Key, Keyring, load_or_create, parse_keys
+from .keyring import Key, Keyring, load_or_create
 from .record import Lifetimes
-
-T = TypeVar("T")
+from .variables import (
+    PREFIX,
+    count_in,
+    keys_in,
+    member_of,
+    one_of,
+    path_in,
+    seconds_in,
+    setting,
+    size_in,
+    switch_in,
+    word_in,
+)  # fmt: skip
 
 logger = logging.getLogger("shmsession")
 
-PREFIX: Final = "SHMSESSION_"
 MIN_MAP_SIZE: Final = 1 << 20
 MAX_MAP_SIZE: Final = 1 << 40
 TOUCH_INTERVAL: Final = timedelta(seconds=60)
@@ -35,8 +45,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
 _DOMAIN = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,=:@%\[\]-]*)+")
-_SIZE = re.compile(r"([0-9]{1,15})\s*(|KiB|MiB|GiB)")
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 class SessionMode(Enum):
@@ -73,82 +81,6 @@ class OldCookie:
     bind_to: tuple[str, ...] = ()
 
 
-def _setting(variable: str, parse: Callable[[str], T], default: T) -> T:
-    """A field that SHMSESSION_<variable> fills when the code does not."""
-
-    def read() -> T:
-        text = os.environ.get(PREFIX + variable)
-        if text is None:
-            return default
-        try:
-            return parse(text.strip())
-        except (ValueError, OverflowError) as error:
-            raise ConfigError(f"{PREFIX}{variable}: {error}") from None
-
-    return field(default_factory=read, metadata={"variable": PREFIX + variable})
-
-
-def _seconds(text: str) -> timedelta:
-    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", text):
-        raise ValueError("write a number of seconds, such as 21600")
-    return timedelta(seconds=float(text))
-
-
-def _bytes(text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise ValueError("write a number of bytes, or one with KiB, MiB or GiB, such as 64MiB")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise ValueError("write a number, such as 1")
-    return int(text)
-
-
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError("write 0 or 1")
-    return text == "1"
-
-
-def _word(text: str) -> str:
-    if not text:
-        raise ValueError("is empty: unset it, or give it a value")
-    return text
-
-
-def _path(text: str) -> Path:
-    return Path(_word(text))
-
-
-def _keys(text: str) -> tuple[Key, ...]:
-    keys = parse_keys(_word(text))
-    if not keys:
-        raise ValueError("holds no Key: write what Key.generate() prints, or unset it")
-    return keys
-
-
-def _one_of(*words: str) -> Callable[[str], Any]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError("write " + " or ".join(words))
-        return text
-
-    return parse
-
-
-def _member(kind: type[Enum]) -> Callable[[str], Any]:
-    def parse(text: str) -> Enum:
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError("write " + " or ".join(member.value for member in kind)) from None
-
-    return parse
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionConfig:
     """All settings. A field given here wins over its variable; a field given nowhere has the default below.
@@ -157,9 +89,9 @@ class SessionConfig:
     among them every cookie that browsers refuse.
     """
 
-    mode: SessionMode = _setting("MODE", _member(SessionMode), SessionMode.PERSISTENT)
-    cookie_mode: CookieMode = _setting("COOKIE_MODE", _member(CookieMode), CookieMode.PRIVATE)
-    secure: bool = _setting("SECURE", _switch, True)
+    mode: SessionMode = setting("MODE", member_of(SessionMode), SessionMode.PERSISTENT)
+    cookie_mode: CookieMode = setting("COOKIE_MODE", member_of(CookieMode), CookieMode.PRIVATE)
+    secure: bool = setting("SECURE", switch_in, True)
     cookie_name: str | None = None
     """None: `__Host-session`, or `session` with secure=False."""
     domain: str | None = None
@@ -173,44 +105,42 @@ class SessionConfig:
     """Cookies of an earlier name, mode or binding that are still accepted, so that a change logs nobody out."""
     storable_cookie_name: str | None = None
     """The readable cookie that says what a visitor chose. None: the session cookie's name and `-storable`."""
-    transport: Literal["cookie", "header", "both"] = _setting(
-        "TRANSPORT", _one_of("cookie", "header", "both"), "cookie"
-    )
+    transport: Literal["cookie", "header", "both"] = setting("TRANSPORT", one_of("cookie", "header", "both"), "cookie")
     """How the id travels. both: a request that has the header, be it empty, is answered by it; others by cookie."""
     header_name: str = "X-Session"
     """The header of requests and responses, with transport="header" or "both"."""
     bind_to: tuple[str, ...] = ()
     """A session is no session to a client with another "ip", or another "user_agent", than it was given to."""
-    trusted_proxies: int = _setting("TRUSTED_PROXIES", _count, 0)
+    trusted_proxies: int = setting("TRUSTED_PROXIES", count_in, 0)
     """How many proxies stand in front of this server, each of which notes the address that asked it."""
     proxy_header: Literal["X-Forwarded-For", "Forwarded", "X-Real-IP"] = "X-Forwarded-For"
     """Where they note it."""
     id_generator: Callable[[], object] | None = None
     """Makes the ids of new sessions, such as uuid.uuid4. None: 32 random bytes."""
 
-    lifespan: timedelta = _setting("LIFESPAN", _seconds, timedelta(hours=6))
+    lifespan: timedelta = setting("LIFESPAN", seconds_in, timedelta(hours=6))
     """A session ends when nobody looked at it for this long."""
-    max_lifespan: timedelta = _setting("MAX_LIFESPAN", _seconds, timedelta(days=60))
+    max_lifespan: timedelta = setting("MAX_LIFESPAN", seconds_in, timedelta(days=60))
     """The same for long-term sessions (`set_longterm(True)`)."""
-    absolute_lifespan: timedelta | None = _setting("ABSOLUTE_LIFESPAN", _seconds, None)
+    absolute_lifespan: timedelta | None = setting("ABSOLUTE_LIFESPAN", seconds_in, None)
     """The end of every session, however busy, counted from its start or its login. None: no such end."""
-    memory_lifespan: timedelta = _setting("MEMORY_LIFESPAN", _seconds, timedelta(hours=1))
+    memory_lifespan: timedelta = setting("MEMORY_LIFESPAN", seconds_in, timedelta(hours=1))
     """How long a record that a backend has too stays in memory unused. Without a backend it has no effect."""
     touch_interval: timedelta | None = None
     """Looking at a session moves its end at most this often; it may therefore end early by as much. None: every 60 s,
     or a tenth of `lifespan` or `max_lifespan` if that is less."""
 
-    map_size: int | None = _setting("MAP_SIZE", _bytes, None)
+    map_size: int | None = setting("MAP_SIZE", size_in, None)
     """Bytes of shared memory. None: 256 MiB, or half of what the file system has free if that is less."""
     max_size: int = 64 * 1024
     """Most bytes that one session's encoded data may have."""
-    directory: Path | None = _setting("DIR", _path, None)
+    directory: Path | None = setting("DIR", path_in, None)
     """Where stores live. None: /dev/shm/shmsession-<uid>, or the temporary directory where there is no /dev/shm."""
-    name: str | None = _setting("NAME", _word, None)
+    name: str | None = setting("NAME", word_in, None)
     """Applications with one name, directory and Key share their sessions. None: made from the working directory."""
-    keys: tuple[Key, ...] = _setting("KEY", _keys, ())
+    keys: tuple[Key, ...] = setting("KEY", keys_in, ())
     """Oldest first; the newest seals, all open. Empty: one is made and kept in `key_file`."""
-    key_file: Path | None = _setting("KEY_FILE", _path, None)
+    key_file: Path | None = setting("KEY_FILE", path_in, None)
     """None: $XDG_STATE_HOME/shmsession/<name>.key."""
     save_on_error: bool = False
     """Keep a request's changes also when it ends with status 500 or above, or with an exception."""

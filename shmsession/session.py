@@ -317,12 +317,12 @@ class Session(Flashes):
                 self.discard()
                 self.gone = True
                 return
-        self._stand_at_nothing()
+        self._stand_at_nothing(presented=self._presented)
         self.drops_cookie = self._presented
 
-    def _stand_at_nothing(self) -> None:
-        """Without a session; how the request came stays known."""
-        self.start(Resolved(presented=self._presented, origin=self.origin, consent=self._chosen))
+    def _stand_at_nothing(self, *, presented: bool) -> None:
+        """Without a session; how the request came stays known. `presented`: whether the cookie is its to remove."""
+        self.start(Resolved(presented=presented, origin=self.origin, consent=self._chosen))
 
     def edit(self) -> Edits:
         """See WorkingCopy. Raises NotCreated in manual mode, before `create`."""
@@ -414,7 +414,7 @@ class Session(Flashes):
     def begin_anew(self) -> None:
         """A login outlives the session it met: keep the user and what this request assigned, nothing it had loaded."""
         assigned, was = self.assigned(), self.edits
-        self._stand_at_nothing()
+        self._stand_at_nothing(presented=False)  # who ended the other one may have set another cookie by now
         self.create()
         self.assign(assigned)
         edits = self.edits

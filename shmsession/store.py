@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,8 @@ from .acquaintance import Acquaintance
 from .backends import Backend, connect
 from .behind import Behind
 from .clock import Clock, SystemClock
-from .commit import SWEEP_BATCH, Committer
+from .commit import SWEEP_BATCH
 from .config import (
-    PREFIX,
     CookieMode,
     SessionConfig,
     backend_url,
@@ -26,33 +25,25 @@ from .config import (
     milliseconds,
     warn_of_unknown_variables,
 )
-from .errors import BackendError, ConfigError, StoreError
+from .errors import ConfigError, StoreError
+from .finding import NO_ORIGIN, Credential, Finder
 from .flusher import Flusher
-from .hooks import CookieRefused, Destroyed, Hook, Hooks
+from .hooks import Destroyed, Hook, Hooks
 from .ids import handle_of, is_id, new_id
 from .keyring import Keyring
 from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
 from .record import NEVER, Changes, Record
 from .rows import Rows
-from .session import NOTHING, Resolved, Session
+from .session import Resolved, Session
 from .tokens import Ticket
-from .transport import Presented, Transport
+from .transport import Transport
+from .variables import PREFIX
 
 logger = logging.getLogger("shmsession")
 
-Credential = Callable[[], bytes | Presented]
-"""Gives what a request carries of a session; called when the application looks. bytes: its Cookie header, joined with
-"; " when there were several."""
-
-
-Origin = tuple[Presented | None, bool | None]
-"""What a request carried, and what its visitor chose before."""
-NO_ORIGIN: Final[Origin] = (None, None)
 NOBODY: Final = Resolved(consent=True)
 """Scripts and jobs that make a session know what they do."""
-PLAIN_FRESH_MS: Final = 200 * 86_400_000
-"""A plain token does not say when it was issued; from this age of its session on it is issued anew at every touch."""
 
 
 class Stats(NamedTuple):
@@ -83,7 +74,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class SessionStore(Committer):
+class SessionStore(Finder):
     """The sessions of one application on this host.
 
     `backend` keeps them beyond this host's memory: a URL such as sqlite:///sessions.db, or an object of your own
@@ -277,84 +268,6 @@ class SessionStore(Committer):
             session.start(self._find(Ticket(session_id, handle_of(session_id), NEVER), self.clock.now(), NO_ORIGIN))
         return session
 
-    def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
-        """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
-        if isinstance(credential, Resolved):  # fetched ahead
-            return credential
-        if isinstance(credential, StoreError):
-            raise credential
-        ticket, origin = self._ticket(credential)
-        if isinstance(ticket, Ticket):
-            return self._find(ticket, self.clock.now(), origin)
-        return self._without(ticket, origin)
-
-    async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
-        """With a backend: what `resolve` is to be given later, by an application that cannot wait for it then."""
-        if self._backend is None:
-            return credential
-        try:
-            ticket, origin = self._ticket(credential)
-            if not isinstance(ticket, Ticket):
-                return self._without(ticket, origin)
-            now = self.clock.now()
-            found = self._in_memory(ticket, now)
-            if found is not Missing.UNKNOWN or self._is_stranger(ticket):
-                return _resolved(ticket, found, now, origin)
-            try:
-                found = await self.behind.load_async(ticket.handle)
-            except BackendError as error:
-                return self._unread(ticket, error, origin)
-            return _resolved(ticket, found, self.clock.now(), origin)
-        except StoreError as error:
-            return error
-
-    def _ticket(self, credential: Credential) -> tuple[Ticket | str | None, Origin]:
-        presented = credential()
-        transport = self.transport
-        if transport.is_simple:
-            return transport.read(presented), NO_ORIGIN
-        if isinstance(presented, bytes):
-            presented = Presented(presented)
-        return transport.read(presented), (presented, transport.consent(presented))
-
-    def _without(self, refused: str | None, origin: Origin) -> Resolved:
-        """A request that carries no token, or one that is refused for a reason."""
-        if refused is None:
-            return NOTHING if origin is NO_ORIGIN else Resolved(None, None, None, False, False, False, *origin)
-        self.hooks.emit(CookieRefused(refused))
-        return _REFUSED if origin is NO_ORIGIN else Resolved(None, None, None, False, False, True, *origin)
-
-    def _find(self, ticket: Ticket, now: int, origin: Origin) -> Resolved:
-        if self._backend is None:
-            memory = self._memory or self.memory  # spares a call
-            return _resolved(ticket, memory.load(ticket.handle, now), now, origin)
-        found = self._in_memory(ticket, now)
-        if found is Missing.UNKNOWN and not self._is_stranger(ticket):
-            try:
-                found = self.behind.load(ticket.handle)
-            except BackendError as error:
-                return self._unread(ticket, error, origin)
-        return _resolved(ticket, found, now, origin)
-
-    def _in_memory(self, ticket: Ticket, now: int) -> Record | Missing:
-        memory = self._memory or self.memory  # spares a call
-        found = memory.load(ticket.handle, now)
-        memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
-        return found
-
-    def _is_stranger(self, ticket: Ticket) -> bool:
-        """Whether nobody can have been given this id, which memory does not know."""
-        if ticket.stale_after is not None or not self.behind.acquaintance.is_stranger(ticket.handle):
-            return False
-        self.memory.environment.counters.add("spared")
-        return True
-
-    def _unread(self, ticket: Ticket, error: BackendError, origin: Origin) -> Resolved:
-        """What a request gets whose session the backend may have, and cannot say."""
-        if self.config.on_backend_error == "unavailable":
-            raise error
-        return Resolved(None, ticket.handle, None, False, False, True, *origin)
-
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
         """See `Port.swap`."""
         found = self.memory.update(handle, base, changes, self.clock.now())
@@ -470,17 +383,6 @@ class SessionStore(Committer):
         )  # fmt: skip
 
 
-def _resolved(ticket: Ticket, found: Record | Missing, now: int, origin: Origin) -> Resolved:
-    if isinstance(found, Missing):
-        gone = found in (Missing.DEAD, Missing.RENEWED)
-        return Resolved(None, ticket.handle if gone else None, None, False, gone, True, *origin)
-    stale_after = ticket.stale_after
-    if stale_after is None:
-        stale_after = found.header.created + PLAIN_FRESH_MS
-    return Resolved(ticket.session_id, ticket.handle, found, now > stale_after, False, True, *origin)
-
-
-_REFUSED: Final = Resolved(presented=True)
 _stores: "WeakSet[SessionStore]" = WeakSet()
 _inherited: list[Behind] = []
 """What a parent had open before a fork is kept: its end in the child would disturb the parent."""

@@ -9,7 +9,7 @@ from .errors import StoreError
 from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, as_text, with_session_headers
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
-from .store import Credential, SessionStore
+from .store import SessionStore
 
 logger = logging.getLogger("shmsession")
 
@@ -43,7 +43,7 @@ class SessionMiddleware:
         if (held is not None and held.port is self.store) or (self._skip is not None and self._skip(path)):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
-        credential: Credential = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
+        credential: Any = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
         if not self.store.transport.is_simple:
             credential = partial(
                 self.store.transport.presented, partial(_header, environ), environ.get("REMOTE_ADDR", "")

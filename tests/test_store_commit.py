@@ -825,6 +825,26 @@ def test_a_slow_logout_of_an_id_that_was_only_renewed_logs_out(browser: Browser)
     assert gone_at(browser, browser.cookie)
 
 
+def test_who_came_with_an_ended_session_takes_nobody_s_cookie_away(browser: Browser) -> None:
+    """It logged in, and out again: whoever ended the other one may have set another cookie by now."""
+    browser.stored(a=1)
+    late = browser.request()
+    browser.login("ada")
+    late.renew(user_id="bob")
+    late.save()
+    late.clear()
+    assert browser.store.commit(late).set_cookie is None
+    assert browser.request().user_id == "ada"
+
+
+def test_destroying_twice_takes_the_cookie_away_as_once(browser: Browser) -> None:
+    browser.stored(a=1)
+    session = browser.request()
+    session.destroy()
+    session.destroy()
+    assert "Max-Age=0" in str(browser.answer(session).set_cookie)
+
+
 def test_for_a_minute_a_destroyed_id_writes_nothing_and_sets_no_cookie(
     browser: Browser, clock: ManualClock, events: list[Event]
 ) -> None:
