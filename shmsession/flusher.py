@@ -352,7 +352,7 @@ class Flusher:
             elif answer.before is None:
                 unexplained = True
             elif answer.before.state is State.DEAD:
-                self._outbox.obey(dirty.handle)
+                self._outbox.obey(dirty.handle, losses)
             else:
                 self._outbox.outnumber(dirty.handle, answer.before.epoch, answer.before.version)
         self._heard.append((done, losses))

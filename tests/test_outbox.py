@@ -213,17 +213,17 @@ def test_dead_wins_over_whatever_was_committed(host: Host) -> None:
     """`obey`: the record becomes a tombstone that does not wait; what is dead or unknown already stays what it is."""
     host.create(A)
     host.update(A, v=1)
-    host.memory.outbox.obey(A)
+    host.memory.outbox.obey(A, host.memory.outbox.losses())
     assert host.load(A) is Missing.DEAD
     assert waiting(host.memory) == []
     tombstone = header_of(host.memory, A)
-    host.memory.outbox.obey(A)
-    host.memory.outbox.obey(B)
+    host.memory.outbox.obey(A, host.memory.outbox.losses())
+    host.memory.outbox.obey(B, host.memory.outbox.losses())
     assert header_of(host.memory, A) == tombstone
     assert host.memory.environment.get(B) is None
     host.create(C)
     host.destroy(C)
-    host.memory.outbox.obey(C)
+    host.memory.outbox.obey(C, host.memory.outbox.losses())
     assert waiting(host.memory) == []
     assert host.load(C) is Missing.DEAD
 

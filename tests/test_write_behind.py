@@ -457,6 +457,24 @@ def test_a_zombie_crosses_off_nothing_in_a_store_built_anew(host: Host) -> None:
     host.agrees()
 
 
+def test_a_death_that_a_zombie_heard_of_before_the_backend_forgot_it_is_sent_again(host: Host) -> None:
+    """It was refused by the dead, and stopped before it heard that: what it learns says nothing of what is there."""
+    host.create(A, v=1)
+    zombie = host.sending(A)
+    host.destroy(A)
+    host.flush()
+    zombie.until("write!")
+    host.backend.forget()
+    going = Running(host.flusher().round())
+    while not waiting(host.memory):
+        going.step()
+    zombie.finish()
+    assert waiting(host.memory) == [A]
+    going.finish()
+    host.flush()
+    host.agrees()
+
+
 def test_what_waits_anew_while_a_batch_is_read_is_in_it_once(host: Host) -> None:
     """A reader is stopped between two pieces; another sends the dead; the backend forgets them, and they are put in
     front of all that waits: behind what the first one has read."""

@@ -174,8 +174,11 @@ class Outbox:
             else:
                 begin += size
 
-    def obey(self, handle: bytes) -> None:
-        """The backend says that the session is dead: so it is here."""
+    def obey(self, handle: bytes, losses: int) -> None:
+        """The backend says that the session is dead: so it is here.
+
+        It waits no more, unless the backend has lost something since `losses()` was this.
+        """
         now, boot = self._clock.now(), self._clock.boot()
 
         def work(txn: Txn, tables: Tables) -> None:
@@ -185,7 +188,7 @@ class Outbox:
             if not record.header.flags & TOMBSTONE:
                 self._writer.bury(txn, tables, handle, record.header, record.place, now, boot)
                 record = self._found(txn, tables, handle)
-            if record is not None:
+            if record is not None and number(txn.get(LOSSES, db=tables.meta)) == losses:  # type: ignore[arg-type]
                 _cross_off(txn, tables, [Dirty(handle, record)])
 
         self._environment.write(work)
