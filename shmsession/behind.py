@@ -11,11 +11,11 @@ from functools import partial
 from typing import Final, TypeVar
 
 from ._portal import Portal
-from .acquaintance import Acquaintance
 from .backends.base import Backend, State
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
 from .flusher import Flusher
+from .id_filter import IdFilter
 from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
 from .record import Record
@@ -41,7 +41,7 @@ class Behind:
 
     def __init__(
         self, memory: MemoryStore, backend: Backend, rows: Rows, clock: Clock, make_flusher: Callable[[], Flusher],
-        *, load_seconds: float, acquaintance: Acquaintance | None = None,
+        *, load_seconds: float, id_filter: IdFilter | None = None,
     ) -> None:  # fmt: skip
         self._memory = memory
         self._environment = memory.environment
@@ -50,7 +50,7 @@ class Behind:
         self._clock = clock
         self._make_flusher = make_flusher
         self._load_seconds = load_seconds
-        self.acquaintance = acquaintance or Acquaintance(memory, backend, clock, wanted=False)
+        self.id_filter = id_filter or IdFilter(memory, backend, clock, wanted=False)
         self._bell = Doorbell(memory.environment.path)
         self._starting = threading.Lock()
         self._portal: Portal | None = None

@@ -10,7 +10,7 @@ from .clock import Clock
 from .config import SessionConfig, SessionMode
 from .errors import ReadOnlySession, ResponseStarted, SessionGone, ShmSessionError, StoreError, StoreFull
 from .headers import RawHeaders
-from .hooks import CommitDropped, Created, Hooks, Renewed
+from .hooks import CommitDropped, Created, Destroyed, Hooks, Renewed
 from .ids import handle_of
 from .keyring import Keyring
 from .memory.store import MemoryStore, Missing
@@ -139,6 +139,14 @@ class Committer(ABC):
         if session.gone:
             raise SessionGone("the session was renewed, destroyed or expired while this request held it")
 
+    def kill(self, handle: bytes) -> bytes | None:
+        """See `Port.kill`."""
+        killed = self.memory.destroy(handle, self.clock.now())
+        if killed is not None:
+            self.wrote()
+            self.hooks.emit(Destroyed(killed.hex()))
+        return killed
+
     def _headers(self, session: Session, now: int) -> RawHeaders:
         """What the response must carry."""
         if session.headers_sent:
@@ -201,7 +209,7 @@ class Committer(ABC):
             return
         self._need_headers(session)
         if session.edits.logs_in and session.raw_handle is not None and not session.gone:
-            self.memory.destroy(session.raw_handle, now)  # the backend could not say whose it is: nobody's any more
+            self.kill(session.raw_handle)  # the backend could not say whose it is: nobody's any more
         secret = self.new_id()
         handle = handle_of(secret)
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Literal
 
+from .cookie_rules import TOKEN, Attributes
 from .errors import ConfigError
 from .ids import is_id
 from .keyring import Key, Keyring, load_or_create
@@ -40,11 +41,7 @@ TRANSPORTS: Final = ("cookie", "header", "both")
 MAX_AGE: Final = timedelta(days=400)
 """RFC 6265bis: browsers cut a cookie's life at 400 days."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
-_DOMAIN = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,=:@%\[\]-]*)+")
 
 
 class SessionMode(Enum):
@@ -79,6 +76,22 @@ class OldCookie:
     name: str | None = None
     mode: CookieMode = CookieMode.PRIVATE
     bind_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.mode) is not CookieMode:
+            raise ConfigError(f"OldCookie mode is {self.mode!r}: write a CookieMode, such as CookieMode.PRIVATE")
+        if self.name is not None and not (type(self.name) is str and TOKEN.fullmatch(self.name)):
+            raise ConfigError(f"OldCookie name is {self.name!r}: write the name that the cookie had, or None")
+        object.__setattr__(self, "bind_to", _bindings("OldCookie bind_to", self.bind_to, self.mode))
+
+
+def _bindings(what: str, bind_to: object, mode: CookieMode) -> tuple[str, ...]:
+    """What a cookie of this mode is bound to. Raises ConfigError."""
+    if not isinstance(bind_to, (list, tuple)) or any(word not in ("ip", "user_agent") for word in bind_to):
+        raise ConfigError(f'{what} {bind_to!r}: write a sequence of words, ("ip",), ("user_agent",) or both')
+    if bind_to and mode is CookieMode.PLAIN:
+        raise ConfigError(f"{what} {bind_to!r}: a plain id can be bound to nothing: use private or signed")
+    return tuple(bind_to)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +178,7 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_cookie(self.effective_cookie_name, http_only=self.http_only)
-        self._check_cookie(self.effective_storable_cookie_name, http_only=False)
+        self._check_cookies()
         self._check_transport()
         self._check_times()
         if self.map_size is not None and not MIN_MAP_SIZE <= self.map_size <= MAX_MAP_SIZE:
@@ -201,18 +213,30 @@ class SessionConfig:
             if type(value) not in kinds and not (isinstance(value, Path) and type(None) in kinds):
                 raise ConfigError(f"{name} is {value!r}: write {advice}")
 
+    def _check_cookies(self) -> None:
+        for what in ("cookie_name", "storable_cookie_name"):
+            name = getattr(self, what)
+            if not (name is None or TOKEN.fullmatch(name)):
+                raise ConfigError(f"{what} {name!r}: write up to 64 letters, digits, dashes or underscores")
+        given = Attributes(
+            secure=self.secure,
+            domain=self.domain,
+            path=self.path,
+            same_site=self.same_site,
+            partitioned=self.partitioned,
+        )
+        given.check()
+        given.check_name(self.effective_cookie_name, "cookie_name", http_only=self.http_only)
+        given.check_name(self.effective_storable_cookie_name, "storable_cookie_name", http_only=False)
+
     def _check_transport(self) -> None:
         if self.effective_storable_cookie_name == self.effective_cookie_name:
             raise ConfigError(
                 f"storable_cookie_name {self.storable_cookie_name!r}: give it another name than the session's"
             )
-        if self.transport != "cookie" and not _TOKEN.fullmatch(self.header_name):
+        if self.transport != "cookie" and not TOKEN.fullmatch(self.header_name):
             raise ConfigError(f"header_name {self.header_name!r}: write up to 64 letters, digits and dashes")
-        self._check_binding("bind_to", self.bind_to, self.cookie_mode)
-        for old in self.old_cookies:
-            self._check_binding("old_cookies", old.bind_to, old.mode)
-            if old.name is not None and not _TOKEN.fullmatch(old.name):
-                raise ConfigError(f"old_cookies {old.name!r}: write the name that the cookie had")
+        object.__setattr__(self, "bind_to", _bindings("bind_to", self.bind_to, self.cookie_mode))
         if not 0 <= self.trusted_proxies <= MAX_PROXIES:
             raise ConfigError(
                 f"{PREFIX}TRUSTED_PROXIES (trusted_proxies) is {self.trusted_proxies}: write 0 to {MAX_PROXIES}"
@@ -224,50 +248,6 @@ class SessionConfig:
                     "id_generator must give another id at each call, of 16 to 128 letters, digits, dots, dashes, "
                     "underscores or tildes that nobody can guess, such as uuid.uuid4"
                 )
-
-    def _check_binding(self, what: str, bind_to: tuple[str, ...], mode: CookieMode) -> None:
-        if not set(bind_to) <= {"ip", "user_agent"}:
-            raise ConfigError(f'{what} {bind_to!r}: write "ip", "user_agent" or both')
-        if bind_to and mode is CookieMode.PLAIN:
-            raise ConfigError(f"{what} {bind_to!r}: a plain id can be bound to nothing: use private or signed")
-
-    def _check_cookie(self, name: str, *, http_only: bool) -> None:
-        if not _TOKEN.fullmatch(name):
-            raise ConfigError(f"cookie_name {name!r}: write up to 64 letters, digits, dashes or underscores")
-        if self.same_site not in ("Lax", "Strict", "None"):
-            raise ConfigError(f"same_site {self.same_site!r}: write Lax, Strict or None")
-        for what, value in (("domain", self.domain), ("path", self.path)):
-            if value is not None and not _ATTRIBUTE.fullmatch(value):
-                raise ConfigError(
-                    f"{what} {value!r}: no spaces, semicolons or control characters, 1 to 1024 characters"
-                )
-        if not self.path.startswith("/"):
-            raise ConfigError(f"path {self.path!r}: begin it with /")
-        if not _PATH.fullmatch(self.path):
-            raise ConfigError(
-                f"path {self.path!r}: browsers never send its cookie back: write it as it stands in their requests, "
-                "with %22 for a quotation mark and so on, without a query, . or .."
-            )
-        if self.domain is not None and not _DOMAIN.fullmatch(self.domain):
-            raise ConfigError(
-                f"browsers refuse the domain {self.domain!r}: write a host's name, such as example.com, without a "
-                "scheme, a port or a final dot"
-            )
-        if not self.secure:
-            for what, refused in (
-                ("same_site='None'", self.same_site == "None"),
-                ("partitioned=True", self.partitioned),
-                (f"the cookie name {name!r}", name.lower().startswith(("__host-", "__secure-", "__http-"))),
-            ):
-                if refused:
-                    raise ConfigError(f"browsers refuse {what} without Secure: set secure=True ({PREFIX}SECURE=1)")
-        if name.lower().startswith(("__http-", "__host-http-")) and not http_only:
-            raise ConfigError(f"browsers refuse the cookie {name!r} without HttpOnly: set http_only=True")
-        if name.lower().startswith("__host-") and (self.domain is not None or self.path != "/"):
-            raise ConfigError(
-                f"browsers refuse the cookie {name!r} with a domain or a path: "
-                "leave both out, or set cookie_name='__Secure-session'"
-            )
 
     def _check_times(self) -> None:
         for what in ("lifespan", "max_lifespan", "absolute_lifespan", "memory_lifespan", *_WAITS):
@@ -331,7 +311,6 @@ _WORDS: Final = {
 
 _SEQUENCES: Final[dict[str, tuple[type, str]]] = {
     **dict.fromkeys(("keys", "database_keys"), (Key, "Keys, such as (Key.parse(text),)")),
-    "bind_to": (str, 'words, such as ("ip", "user_agent")'),
     "old_cookies": (OldCookie, 'OldCookies, such as (OldCookie(name="sid"),)'),
 }
 _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {

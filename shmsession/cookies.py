@@ -21,8 +21,6 @@ def find(header: bytes, needle: bytes) -> bytes | str | None:
             if found is not None:
                 return "duplicate"
             found = pair[len(needle) :]
-    if found is None and b"," in header:  # some WSGI servers join several Cookie headers with commas
-        return find(header.replace(b",", b";"), needle)
     return found
 
 

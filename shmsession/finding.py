@@ -56,7 +56,7 @@ class Finder(Committer):
                 return self._without(ticket, origin)
             now = self.clock.now()
             found = self._in_memory(ticket, now)
-            if found is not Missing.UNKNOWN or self._is_stranger(ticket):
+            if found is not Missing.UNKNOWN or self._is_unknown(ticket):
                 return _resolved(ticket, found, now, origin)
             try:
                 found = await self.behind.load_async(ticket.handle)
@@ -78,16 +78,16 @@ class Finder(Committer):
     def _without(self, refused: str | None, origin: Origin) -> Resolved:
         """A request that carries no token, or one that is refused for a reason."""
         if refused is None:
-            return NOTHING if origin is NO_ORIGIN else Resolved(None, None, None, False, False, False, *origin)
+            return NOTHING if origin is NO_ORIGIN else Resolved(origin=origin[0], consent=origin[1])
         self.hooks.emit(CookieRefused(refused))
-        return _REFUSED if origin is NO_ORIGIN else Resolved(None, None, None, False, False, True, *origin)
+        return _REFUSED if origin is NO_ORIGIN else _REFUSED._replace(origin=origin[0], consent=origin[1])
 
     def _find(self, ticket: Ticket, now: int, origin: Origin) -> Resolved:
         if not self.is_persistent:
             memory = self.memory
             return _resolved(ticket, memory.load(ticket.handle, now), now, origin)
         found = self._in_memory(ticket, now)
-        if found is Missing.UNKNOWN and not self._is_stranger(ticket):
+        if found is Missing.UNKNOWN and not self._is_unknown(ticket):
             try:
                 found = self.behind.load(ticket.handle)
             except BackendError as error:
@@ -100,9 +100,9 @@ class Finder(Committer):
         memory.environment.counters.add("misses" if found is Missing.UNKNOWN else "hits")
         return found
 
-    def _is_stranger(self, ticket: Ticket) -> bool:
+    def _is_unknown(self, ticket: Ticket) -> bool:
         """Whether nobody can have been given this id, which memory does not know."""
-        if ticket.stale_after is not None or not self.behind.acquaintance.is_stranger(ticket.handle):
+        if ticket.sealed or not self.behind.id_filter.lacks(ticket.handle):
             return False
         self.memory.environment.counters.add("spared")
         return True
@@ -111,13 +111,14 @@ class Finder(Committer):
         """What a request gets whose session the backend may have, and cannot say."""
         if self.config.on_backend_error == "unavailable":
             raise error
-        return Resolved(None, ticket.handle, None, False, False, True, *origin)
+        return Resolved(handle=ticket.handle, presented=True, origin=origin[0], consent=origin[1])
 
 
 def _resolved(ticket: Ticket, found: Record | Missing, now: int, origin: Origin) -> Resolved:
     if isinstance(found, Missing):
         gone = found in (Missing.DEAD, Missing.RENEWED)
-        return Resolved(None, ticket.handle if gone else None, None, False, gone, True, *origin)
+        handle = ticket.handle if gone else None
+        return Resolved(handle=handle, gone=gone, presented=True, origin=origin[0], consent=origin[1])
     stale_after = ticket.stale_after
     if stale_after is None:
         stale_after = found.header.created + PLAIN_FRESH_MS

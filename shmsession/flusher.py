@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
-from .acquaintance import Acquaintance
 from .backends.base import Answer, Backend, Row, State
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError
 from .hooks import Flushed, FlushFailed, Hooks
+from .id_filter import IdFilter
 from .lease import BEAT_MS, Lease
 from .memory.doorbell import Doorbell
 from .memory.outbox import Dirty
@@ -61,7 +61,7 @@ class Flusher:
 
     def __init__(
         self, memory: MemoryStore, backend: Backend, rows: Rows, clock: Clock, hooks: Hooks, *, interval: float,
-        memory_lifespan: int, shared: bool = False, acquaintance: Acquaintance | None = None,
+        memory_lifespan: int, shared: bool = False, id_filter: IdFilter | None = None,
     ) -> None:  # fmt: skip
         self._memory = memory
         self._environment = memory.environment
@@ -75,8 +75,8 @@ class Flusher:
         self._lease = Lease(memory.environment, clock)
         self.holds_lease = False
         self._sentinel = Sentinel(memory, backend, clock, shared=shared)
-        self._acquaintance = acquaintance
-        self._acquainting: asyncio.Task[None] | None = None
+        self._id_filter = id_filter
+        self._filling: asyncio.Task[None] | None = None
         self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_look = 0
         self._failures = 0
@@ -113,7 +113,7 @@ class Flusher:
                     await asyncio.sleep(BEAT_MS / 1000)
         finally:
             self.holds_lease = False
-            for task in (beating, self._acquainting):
+            for task in (beating, self._filling):
                 if task is not None:
                     task.cancel()
                     with contextlib.suppress(asyncio.CancelledError):
@@ -385,13 +385,13 @@ class Flusher:
 
     def _get_acquainted(self) -> None:
         """Fill the filter of plain ids, beside all else: a backend may take long to name all that it has."""
-        acquaintance, running = self._acquaintance, self._acquainting
-        if acquaintance is not None and acquaintance.wanted and (running is None or running.done()):
-            self._acquainting = asyncio.create_task(self._fill(acquaintance))
+        id_filter, running = self._id_filter, self._filling
+        if id_filter is not None and id_filter.wanted and (running is None or running.done()):
+            self._filling = asyncio.create_task(self._fill(id_filter))
 
-    async def _fill(self, acquaintance: Acquaintance) -> None:
+    async def _fill(self, id_filter: IdFilter) -> None:
         try:
-            await acquaintance.refresh()
+            await id_filter.refresh()
         except Exception as error:  # noqa: BLE001  # without it more is looked for, and nothing else goes wrong
             reason = str(error) if isinstance(error, ShmSessionError) else type(error).__name__
             self._telling.tell(

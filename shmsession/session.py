@@ -124,8 +124,11 @@ class Session(Flashes):
         return self.port.max_size
 
     def _load(self) -> None:
-        """Resolve the request's credential."""
+        """Resolve the request's credential. A session whose visitor has declined ends here: a request that was slower
+        than their answer has made it."""
         self.start(NOTHING if self._credential is None else self._asked(self.port.resolve, self._credential))
+        if self._chosen is False and self.record is not None and self.port.mode is not SessionMode.PERSISTENT:
+            self._end()
 
     def _asked(self, question: Callable[..., T], *arguments: Any) -> T:
         """The store's answer; that it had none is remembered for the response."""
@@ -308,7 +311,10 @@ class Session(Flashes):
         """End the session, in all processes, now; it stays dead when the response fails. What is stored in this
         object afterwards begins a new session, unless another request ended this one first: then it is dropped."""
         super().edit()
-        known = self.exists or self.gone
+        self._end()
+
+    def _end(self) -> None:
+        known = self.record is not None or self.gone
         if self.raw_handle is not None:
             killed = self._asked(self.port.kill, self.raw_handle)
             if killed is not None:
@@ -380,6 +386,7 @@ class Session(Flashes):
         `timeout` in seconds; None: `through_timeout`. False when it passed, or the backend is down: what was committed
         is sent later. True at once without a backend.
         """
+        self._look()
         return self.raw_handle is None or await self.port.persisted((self.raw_handle,), timeout)
 
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 from weakref import WeakSet
 
-from .acquaintance import Acquaintance
 from .backends import Backend, connect
 from .behind import Behind
 from .clock import Clock, SystemClock
 from .commit import SWEEP_BATCH
 from .config import (
-    CookieMode,
     SessionConfig,
     backend_url,
     default_name,
@@ -28,7 +26,8 @@ from .config import (
 from .errors import ConfigError, StoreError
 from .finding import NO_ORIGIN, Credential, Finder
 from .flusher import Flusher
-from .hooks import Destroyed, Hook, Hooks
+from .hooks import Hook, Hooks
+from .id_filter import IdFilter
 from .ids import handle_of, is_id, new_id
 from .keyring import Keyring
 from .memory.place import default_directory, open_directory
@@ -238,19 +237,17 @@ class SessionStore(Finder):
         rows = Rows(Keyring(self.config.database_keys, "database") if self.config.database_keys else None)
 
         wanted = self.transport.is_plain and not self.config.allow_shared
-        acquaintance = Acquaintance(memory, backend, self.clock, wanted=wanted)
+        id_filter = IdFilter(memory, backend, self.clock, wanted=wanted)
 
         def make_flusher() -> Flusher:
             return Flusher(
                 memory, backend, rows, self.clock, self.hooks, shared=self.config.allow_shared,
                 interval=self.config.flush_interval.total_seconds(),
-                memory_lifespan=milliseconds(self.config.memory_lifespan), acquaintance=acquaintance,
+                memory_lifespan=milliseconds(self.config.memory_lifespan), id_filter=id_filter,
             )  # fmt: skip
 
         load_seconds = self.config.load_timeout.total_seconds()
-        return Behind(
-            memory, backend, rows, self.clock, make_flusher, load_seconds=load_seconds, acquaintance=acquaintance
-        )
+        return Behind(memory, backend, rows, self.clock, make_flusher, load_seconds=load_seconds, id_filter=id_filter)
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -287,20 +284,12 @@ class SessionStore(Finder):
 
     def issued(self, handle: bytes) -> None:
         """See Committer."""
-        if self.is_persistent and self.config.cookie_mode is CookieMode.PLAIN:
-            self.behind.acquaintance.note(handle)
+        if self.is_persistent and self.transport.is_plain:
+            self.behind.id_filter.note(handle)
 
     def refill(self, handle: bytes) -> bool:
         """See `Committer.refill`."""
         return self._backend is not None and isinstance(self.behind.load(handle), Record)
-
-    def kill(self, handle: bytes) -> bytes | None:
-        """See `Port.kill`."""
-        killed = self.memory.destroy(handle, self.clock.now())
-        if killed is not None:
-            self.wrote()
-            self.hooks.emit(Destroyed(killed.hex()))
-        return killed
 
     def note_scheme(self, scheme: str) -> None:
         """A cookie was set in answer to a request of this scheme: say once when the browser will not send it back."""
@@ -396,7 +385,8 @@ class Sync:
 
     def persisted(self, session: Session, timeout: float | None = None) -> bool:
         """See `Session.persisted`."""
-        return session.raw_handle is None or self.wait((session.raw_handle,), timeout)
+        handle = session.handle
+        return handle is None or self.wait((bytes.fromhex(handle),), timeout)
 
     def wait(self, handles: tuple[bytes, ...], timeout: float | None = None) -> bool:
         """See `SessionStore.persisted`."""

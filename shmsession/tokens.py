@@ -37,12 +37,13 @@ class Ticket(NamedTuple):
     """A token that passed its seal.
 
     `stale_after`: from then on, in wall-clock milliseconds, it is to be issued anew, for its Key or age; None: it does
-    not say when it was issued.
+    not say when it was issued. `sealed`: nobody else can have made it up.
     """
 
     session_id: str
     handle: bytes
     stale_after: int | None
+    sealed: bool = True
 
     def __repr__(self) -> str:
         return f"<Ticket {self.handle.hex()}>"
@@ -147,14 +148,20 @@ class Plain:
     def open(self, value: bytes, client: bytes) -> Ticket | str:
         """See Form."""
         session_id = _text(value)
-        return Ticket(session_id, handle_of(session_id), None) if is_id(session_id) else "malformed"
+        if not is_id(session_id):
+            return "malformed"
+        return Ticket(session_id, handle_of(session_id), stale_after=None, sealed=False)
 
 
 def form_of(mode: CookieMode, keyring: Keyring, purpose: str, fresh_for: int) -> Form:
     """The form of a mode. `purpose` parts tokens that are not to be taken for each other's."""
-    if mode is CookieMode.PLAIN:
-        return Plain()
-    return (Private if mode is CookieMode.PRIVATE else Signed)(keyring, purpose, fresh_for)
+    match mode:
+        case CookieMode.PRIVATE:
+            return Private(keyring, purpose, fresh_for)
+        case CookieMode.SIGNED:
+            return Signed(keyring, purpose, fresh_for)
+        case CookieMode.PLAIN:
+            return Plain()
 
 
 def _ticket(keyring: Keyring, key_id: bytes, session_id: str, issued: int, fresh_for: int) -> Ticket:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from functools import _lru_cache_wrapper, lru_cache
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from . import cookies
@@ -43,7 +43,7 @@ class _Accepted(NamedTuple):
     """A form of token that is read. `needle`: a cookie's name and the equals sign; `opened` remembers."""
 
     needle: bytes
-    opened: "_lru_cache_wrapper[Ticket | str]"
+    opened: Callable[[bytes, bytes], Ticket | str]
     binding: Binding
 
 
@@ -126,8 +126,10 @@ class Transport:
             presented = Presented(presented)
         if presented.header is not None:
             return self._opened(presented.header, self._by_header, presented) if presented.header else None
-        first: Ticket | str | None = None
+        first: str | None = None
         for accepted in self._accepted:
+            if first is not None and accepted.needle != self._now.needle:
+                break  # who has a cookie of today's name is not looked for under another, which anybody may have set
             found = self._read_cookie(presented.cookie, accepted, self._client(accepted, presented))
             if isinstance(found, Ticket):
                 return found
@@ -151,11 +153,6 @@ class Transport:
         by_header = self._answers_by_header(presented)
         value = presented.consent if by_header else cookies.find(presented.cookie, self._consent_needle)
         return {b"true": True, b"false": False}.get(value) if isinstance(value, bytes) else None
-
-    def forget(self) -> None:
-        """Remember no token as opened."""
-        for accepted in (self._by_header, *self._accepted):
-            accepted.opened.cache_clear()
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.chromium import Browse, Chromium, Host, Site
-from tests.test_backend_redis import self_signed
+from tests.tls import self_signed
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import datetime as dt
 import inspect
 import logging
 import os
@@ -17,9 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from redis import Redis
 
 from shmsession.backends import FOREVER, SENTINEL, Answer, Mark, Row, State, wins
@@ -32,6 +28,7 @@ from tests.databases import RedisServer
 from tests.documents import ROOT, blocks, code, marked, rows
 from tests.figures import report, rng, size
 from tests.servers import PATIENCE, new_place
+from tests.tls import self_signed
 
 pytest_plugins = ["tests.database_hosts"]
 
@@ -1143,27 +1140,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def self_signed(directory: Path) -> Path:
-    """A certificate for localhost beside its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    today = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(today - dt.timedelta(days=1))
-        .not_valid_after(today + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (directory / "key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    path = directory / "certificate"
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return path
 
 
 # ── the URL, and its secrets ──────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ import pytest
 
 from shmsession.config import (
     CookieMode,
+    OldCookie,
     SessionConfig,
     SessionMode,
     backend_url,
@@ -272,11 +273,17 @@ REFUSED_COOKIES: list[tuple[dict[str, Any], str]] = [
     ({"cookie_name": "x", "domain": ""}, "domain"),
     ({"storable_cookie_name": "__Http-x"}, "without HttpOnly"),
     ({"secure": False, "storable_cookie_name": "__Host-x"}, "without Secure"),
-    ({"storable_cookie_name": "a b"}, "cookie_name"),
+    ({"storable_cookie_name": "a b"}, "storable_cookie_name"),
+    ({"secure": False, "cookie_name": "x", "storable_cookie_name": "__Secure-y"}, "another storable_cookie_name"),
+    (
+        {"cookie_name": "x", "domain": "example.com", "storable_cookie_name": "__Host-y"},
+        "storable_cookie_name='__Secure-y'",
+    ),
     ({"storable_cookie_name": "__Host-session"}, "another name"),
     ({"cookie_name": "x", "domain": "é.example"}, "domain"),
     *[({"cookie_name": "x", "domain": domain}, "write a host's name") for domain in (
         "example.com:80", "https://example.com", "example.com/", "example.com.", "*.example.com", "..example.com", ".",
+        "x" * 64 + ".example", ".".join(["x" * 63] * 4),
     )],
     *[({"cookie_name": "x", "path": path}, "never send its cookie back") for path in (
         '/"x"', "/a?b", "/a#b", "/<x>", "/a\\b", "/{x}", "/a^b", "/a|b", "/a`b", "/.", "/a/../b", "/a/./b", "/a/..",
@@ -300,6 +307,8 @@ def test_a_cookie_that_browsers_refuse_is_refused_at_construction(settings: dict
         {"secure": False, "domain": "example.com", "path": "/app", "same_site": "Strict"},
         {"http_only": False},
         {"cookie_name": "a.b~c!"},
+        {"cookie_name": "x" * 64},
+        {"cookie_name": "x", "domain": "." + ".".join(["x" * 63] * 3 + ["x" * 61])},
         {"cookie_name": "x", "domain": ".example.com", "path": "/a%22/.b/..c/d.//"},
         {"cookie_name": "x", "domain": "x_y.xn--e1afmkfd", "path": "/app/'$&()*+,=:@!~[1]"},
     ],
@@ -314,6 +323,27 @@ def test_the_cookie_lives_no_longer_than_browsers_let_it() -> None:
     assert SessionConfig().max_age == timedelta(days=400)
     assert SessionConfig(absolute_lifespan=timedelta(days=2)).max_age == timedelta(days=2)
     assert SessionConfig(absolute_lifespan=timedelta(days=900)).max_age == timedelta(days=400)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "plain"}, "a CookieMode"),
+        ({"name": 5}, "name that the cookie had"),
+        ({"name": "a b"}, "name that the cookie had"),
+        ({"name": ""}, "name that the cookie had"),
+        ({"bind_to": "ip"}, "a sequence"),
+        ({"bind_to": ("host",)}, "a sequence"),
+        ({"bind_to": ([],)}, "a sequence"),
+        ({"bind_to": ("ip",), "mode": CookieMode.PLAIN}, "bound to nothing"),
+    ],
+)
+def test_an_old_cookie_that_cannot_have_been_is_an_error_where_it_is_written(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"OldCookie.*{message}"):
+        OldCookie(**settings)
+    assert OldCookie(bind_to=["ip"]).bind_to == ("ip",)  # type: ignore[arg-type]
 
 
 # ── times and sizes ────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 """Consent that is withdrawn leaves nothing behind: not in memory, not in the outbox, not in any backend.
 
 What stands where it can be asked for must be gone after one flush. What a database keeps of the past beside that goes
-by its own housekeeping, which these tests bring about instead of waiting for it.
+by its own housekeeping, which these tests bring about instead of waiting for it. LMDB has none: freed pages, and the
+room between what a page holds, keep old bytes until they are used again. That is told in docs/consent.md, not tested.
 """
 
 import contextlib

@@ -8,8 +8,8 @@ import pytest
 
 from shmsession import Session, SessionMode, SessionStore
 from shmsession.errors import NotCreated, ResponseStarted
-from shmsession.hooks import Created, Destroyed, Event
-from shmsession.testing import make_store
+from shmsession.hooks import Created, Destroyed, Event, Expired, Renewed
+from shmsession.testing import ManualClock, make_store
 from tests.asking import PROTOCOLS, Visitor
 
 MARK = "the visitor's own words"
@@ -197,6 +197,38 @@ def test_who_declines_is_not_asked_again(come: Come) -> None:
     assert (consent_of(visitor), visitor.data()) == ("true", {"v": MARK})
 
 
+@pytest.mark.parametrize("mode", [SessionMode.OPT_IN, SessionMode.MANUAL])
+@pytest.mark.parametrize("readonly", [False, True], ids=["", "read-only"])
+def test_a_session_that_a_slower_request_began_ends_when_its_visitor_has_declined(
+    come: Come, mode: SessionMode, readonly: bool
+) -> None:
+    """It came while they still agreed, and its cookie after the answer to their "no"."""
+    visitor = come(mode)
+
+    def begin(session: Session) -> None:
+        session.create()
+        session["v"] = MARK
+
+    visitor.ask(accept)
+    slow = Visitor(visitor.store, visitor.protocol, header=visitor.name)
+    slow.cookies, slow.consent = dict(visitor.cookies), visitor.consent
+    visitor.ask(decline)
+    slow.ask(begin)
+    assert visitor.store.count() == 1
+    visitor.cookies = {**slow.cookies, **visitor.cookies}
+    visitor.token = slow.token
+
+    def look(session: Session) -> tuple[dict[str, Any], bool]:
+        Session.of({"session": session}, readonly=readonly)
+        return session.to_dict(), session.exists
+
+    assert visitor.ask(look).result == ({}, False)
+    assert visitor.store.count() == 0
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "false"
+    assert visitor.store.stats().events["Destroyed"] == 1
+
+
 def test_the_last_word_of_a_request_counts(come: Come) -> None:
     visitor = come(SessionMode.OPT_IN)
 
@@ -355,6 +387,29 @@ def test_hooks_hear_of_sessions_that_begin_and_end(place: Path) -> None:
             session["v"] = MARK
 
         visitor.ask(agree)
-        handle = visitor.ask(lambda session: session.handle).result
+        first = visitor.ask(lambda session: session.handle).result
+        visitor.ask(lambda session: session.renew())
+        second = visitor.ask(lambda session: session.handle).result
+        visitor.ask(lambda session: session.renew(user_id="ada"))
+        third = visitor.ask(lambda session: session.handle).result
         visitor.ask(decline)
-        assert events == [Created(handle, logged_in=False), Destroyed(handle)]
+        assert events == [
+            Created(first, logged_in=False),
+            Renewed(second, first, logged_in=False),
+            Renewed(third, second, logged_in=True),
+            Destroyed(third),
+        ]
+        events.clear()
+        for _ in range(3):
+            Visitor(store).ask(log_in)
+        assert [type(event) for event in events] == [Created] * 3
+        assert isinstance(store.clock, ManualClock)
+        store.clock.advance(days=1)
+        events.clear()
+        store.cleanup()
+        assert events == [Expired(3)]
+
+
+def log_in(session: Session) -> None:
+    session.set_store(True)
+    session.renew(user_id="ada")

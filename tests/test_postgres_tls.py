@@ -15,7 +15,8 @@ from shmsession.errors import BackendError, BackendUnavailable
 from shmsession.testing.rows import live, user_of
 from tests.databases import PostgresServer
 from tests.servers import PATIENCE, new_place
-from tests.test_backend_redis import free_port, self_signed
+from tests.test_backend_redis import free_port
+from tests.tls import self_signed
 
 SECRET = "correct-horse-battery"
 LATER = 4_000_000_000_000

@@ -15,6 +15,7 @@ from shmsession.behind import MISSING_MS, Behind
 from shmsession.config import SessionConfig
 from shmsession.errors import BackendError, BackendUnavailable, SessionGone, StoreError, Unreadable
 from shmsession.flusher import SWEEP_MS
+from shmsession.hooks import Created, Destroyed, Event
 from shmsession.keyring import Key, Keyring
 from shmsession.memory.doorbell import Doorbell
 from shmsession.memory.room import QUIET_MS
@@ -467,6 +468,27 @@ def test_anonymous_by_choice_overwrites_nothing(site: Callable[..., Site]) -> No
     visitor.cookie = old
     assert visitor.get("/bob")[0] == 200
     assert visitor.found[-1] == {"name": "/ada"}
+
+
+def test_hooks_hear_of_the_session_that_a_login_ended_unseen(site: Callable[..., Site]) -> None:
+    """It was in memory again by then, fetched by another request."""
+    visitor = site(on_backend_error="anonymous")
+    visitor.get("/ada")
+    visitor.flush()
+    visitor.memory_is_lost()
+    cookie = visitor.cookie
+    visitor.backend.fail("load")
+    session = visitor.store.request_session(lambda: cookie)
+    assert session.to_dict() == {}
+    visitor.recover()
+    fetched = visitor.store.request_session(lambda: cookie)
+    assert fetched.to_dict() == {"name": "/ada"}
+    events: list[Event] = []
+    visitor.store.hooks._hooks = (events.append,)
+    session.renew(user_id="ada")
+    visitor.store.commit(session)
+    assert events[0] == Destroyed(fetched.handle or "")
+    assert type(events[1]) is Created
 
 
 @pytest.mark.parametrize("how", [BEFORE, AFTER, HALF])

@@ -145,6 +145,19 @@ def test_a_wait_that_is_given_up_is_counted(store: SessionStore, backend: Memory
     assert counted(store)["late"] == 1
 
 
+def test_who_waits_for_a_session_that_nobody_looked_at_waits_for_it(
+    store: SessionStore, backend: MemoryBackend
+) -> None:
+    """It is the same one."""
+    session = saved(store, n=1)
+    token = store.transport.value(session.id or "", store.clock.now())
+    header = f"{store.transport.name}={token}".encode()
+    backend.fail("write", times=10_000)
+    assert not store.sync.persisted(store.request_session(lambda: header), timeout=0.01)
+    assert not asyncio.run(store.request_session(lambda: header).persisted(timeout=0.01))
+    assert asyncio.run(store.request_session(lambda: b"").persisted(timeout=0.01))
+
+
 def test_all_processes_count_together_and_their_deaths_take_nothing_back(store: SessionStore) -> None:
     """Exactly, also at once: those that come later begin where the dead have left off."""
     each, together = 20_000, 4

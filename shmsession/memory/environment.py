@@ -2,7 +2,7 @@
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
 the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher, the last place
-of the outbox that was given out; a shared flock says that somebody is there), `counters`, perhaps `known`, and `lmdb/`,
+of the outbox that was given out; a shared flock says that somebody is there), `counters`, perhaps `bloom`, and `lmdb/`,
 the environment.
 """
 
@@ -23,6 +23,7 @@ import lmdb
 from shmsession.errors import StoreError, StoreFull, UnsafeStore
 
 from . import place
+from .bloom import BloomFilter
 from .building import (
     DOWN_UNTIL,
     GENERATION,
@@ -37,7 +38,6 @@ from .building import (
     set_epoch,
 )
 from .counters import Counters
-from .known import Known
 from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Opened:
     """An open environment and what must be compared to know that it is still the right one."""
 
     __slots__ = (
-        "attached", "counters", "env", "epoch", "generation", "identity", "known", "looks", "next_look", "pid",
+        "attached", "bloom", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid",
         "tables", "uuid", "words",
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ class Opened:
         self.attached = attached
         self.words = words
         self.counters = counters
-        self.known: Known | None = None
+        self.bloom: BloomFilter | None = None
         self.generation: int = words[GENERATION]
         self.identity = identity(data)
         self.pid = os.getpid()
@@ -101,8 +101,8 @@ class Opened:
         """Leave: others may find themselves alone after this."""
         self.env.close()
         self.counters.close()
-        if self.known is not None:
-            self.known.close()
+        if self.bloom is not None:
+            self.bloom.close()
         fcntl.flock(self.attached, fcntl.LOCK_UN)
         os.close(self.attached)
 
@@ -200,18 +200,18 @@ class Environment:
         return (self._opened or self.open()).counters
 
     @property
-    def known(self) -> Known:
+    def bloom(self) -> BloomFilter:
         """Which handles a backend may have; made when somebody first asks for it."""
         opened = self._opened or self.open()
-        if opened.known is None:
+        if opened.bloom is None:
             with self.lock:
                 directory = place.open_directory(self.path)
                 try:
-                    if opened.known is None:
-                        opened.known = Known(self.path, directory)
+                    if opened.bloom is None:
+                        opened.bloom = BloomFilter(self.path, directory)
                 finally:
                     os.close(directory)
-        return opened.known
+        return opened.bloom
 
     @property
     def backend_down_until(self) -> int:

@@ -12,9 +12,9 @@ import pytest
 
 from shmsession import CookieMode, Key, OldCookie, SessionConfig, SessionMode, SessionStore
 from shmsession.backends import SENTINEL
-from shmsession.memory import known as filters
+from shmsession.memory import bloom as filters
 from shmsession.memory import place as place_module
-from shmsession.memory.known import Known
+from shmsession.memory.bloom import BloomFilter
 from shmsession.memory.place import open_directory
 from tests.asking import PROTOCOLS, Visitor
 from tests.backends import MemoryBackend
@@ -25,12 +25,12 @@ KEY = Key(b"k" * 32)
 
 
 @pytest.fixture
-def file(place: Path) -> Iterator[Known]:
+def file(place: Path) -> Iterator[BloomFilter]:
     descriptor = open_directory(place)
-    known = Known(place, descriptor)
+    bloom = BloomFilter(place, descriptor)
     os.close(descriptor)
-    yield known
-    known.close()
+    yield bloom
+    bloom.close()
 
 
 def handles(count: int, name: str = "handles") -> list[bytes]:
@@ -41,7 +41,7 @@ def handles(count: int, name: str = "handles") -> list[bytes]:
 # ── the filter ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_was_added_is_known_and_hardly_anything_else(file: Known) -> None:
+def test_what_was_added_is_known_and_hardly_anything_else(file: BloomFilter) -> None:
     file.empty(0)
     ours, others = handles(60_000), handles(60_000, "others")
     for handle in ours:
@@ -53,7 +53,7 @@ def test_what_was_added_is_known_and_hardly_anything_else(file: Known) -> None:
     assert not file.is_crowded
 
 
-def test_it_is_ready_for_one_state_of_things_only(file: Known) -> None:
+def test_it_is_ready_for_one_state_of_things_only(file: BloomFilter) -> None:
     one, other = b"1" * 16, b"2" * 16
     assert not file.is_ready(one)
     file.empty(10)
@@ -64,7 +64,9 @@ def test_it_is_ready_for_one_state_of_things_only(file: Known) -> None:
     assert not file.is_ready(one)
 
 
-def test_it_grows_under_those_who_have_it_mapped(place: Path, file: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_grows_under_those_who_have_it_mapped(
+    place: Path, file: BloomFilter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never shrinks, and says when it is too small."""
     monkeypatch.setattr(filters, "SMALLEST", 64)
     file.empty(0)
@@ -72,7 +74,7 @@ def test_it_grows_under_those_who_have_it_mapped(place: Path, file: Known, monke
         file.add(handle)
     assert file.is_crowded
     descriptor = open_directory(place)
-    other = Known(place, descriptor)
+    other = BloomFilter(place, descriptor)
     os.close(descriptor)
     other.empty(100_000)
     assert other.capacity >= 100_000
@@ -84,7 +86,7 @@ def test_it_grows_under_those_who_have_it_mapped(place: Path, file: Known, monke
     other.close()
 
 
-def test_what_is_added_again_does_not_crowd_it(file: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_added_again_does_not_crowd_it(file: BloomFilter, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is every hour."""
     monkeypatch.setattr(filters, "SMALLEST", 64)
     file.empty(0)
@@ -100,7 +102,7 @@ def test_a_damaged_filter_takes_nobody_for_unknown(site: "Open", damage: bytes) 
     store = site()
     session_id = stored(store)
     wait_until(lambda: is_ready(store))
-    with (store.path / "known").open("r+b") as file:
+    with (store.path / "bloom").open("r+b") as file:
         file.write(damage)
     forget(store.memory)
     assert store.session(session_id)["v"] == 1
@@ -162,8 +164,8 @@ def site(place: Path, rows: MemoryBackend) -> Iterator[Open]:
 
 
 def is_ready(store: SessionStore) -> bool:
-    acquaintance = store.behind.acquaintance
-    return store.memory.environment.known.is_ready(acquaintance._token())
+    id_filter = store.behind.id_filter
+    return store.memory.environment.bloom.is_ready(id_filter._token())
 
 
 def look_ups(rows: MemoryBackend) -> int:
@@ -213,6 +215,30 @@ def test_unknown_ids_hardly_reach_the_backend(site: Open, rows: MemoryBackend, p
         assert visitor.data() == {"v": 1}
     assert asked < total // 100
     assert store.stats().counters["spared"] > total * 98 // 100
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_old_cookies_that_are_plain_are_asked_for_as_rarely(site: Open, rows: MemoryBackend, protocol: str) -> None:
+    """While a site goes over to sealed ones, and after whichever of the two a session was made with."""
+    plain = site("first")
+    old = stored(plain)
+    plain.close()
+    del rows.rows[SENTINEL]  # its sign of life, for which the next store of these tables would wait until it is old
+    store = site("second", cookie_mode=CookieMode.PRIVATE, old_cookies=(OldCookie(mode=CookieMode.PLAIN),))
+    wait_until(lambda: is_ready(store))
+    visitor = Visitor(store, protocol)
+    visitor.ask(lambda session: session.update(v=2))
+    new = visitor.ask(lambda session: session.id).result
+    assert store.sync.flush()
+    forget(store.memory)
+    before, total = look_ups(rows), 500
+    for _ in range(total):
+        visitor.cookies = {"session": str(uuid4())}
+        assert visitor.data() == {}
+    assert look_ups(rows) - before < total // 50
+    for session_id, value in ((old, 1), (new, 2)):
+        visitor.cookies = {"session": session_id}
+        assert visitor.data() == {"v": value}
 
 
 def test_until_the_filter_is_ready_every_unknown_id_is_looked_for(site: Open, rows: MemoryBackend) -> None:
@@ -273,14 +299,14 @@ def test_who_was_overtaken_while_filling_it_cannot_say_that_it_is_ready(site: Op
     listing, ends = slow_listing(rows)
     store = site()
     wait_until(listing.is_set)
-    acquaintance = store.behind.acquaintance
-    before = acquaintance._next
-    store.memory.environment.known.empty(10)
+    id_filter = store.behind.id_filter
+    before = id_filter._next
+    store.memory.environment.bloom.empty(10)
     ends.set()
-    wait_until(lambda: acquaintance._next > before)
-    assert not acquaintance.is_stranger(bytes(range(20)))
+    wait_until(lambda: id_filter._next > before)
+    assert not id_filter.lacks(bytes(range(20)))
     wait_until(lambda: is_ready(store))
-    assert acquaintance.is_stranger(bytes(range(20)))
+    assert id_filter.lacks(bytes(range(20)))
 
 
 def test_what_the_backend_had_before_is_known(site: Open, rows: MemoryBackend) -> None:
@@ -329,15 +355,15 @@ def test_with_other_stores_on_the_same_tables_nobody_is_taken_for_unknown(site: 
     session_id = stored(store)
     other = site("other", allow_shared=True)
     assert other.session(session_id)["v"] == 1
-    assert not other.behind.acquaintance.wanted
+    assert not other.behind.id_filter.wanted
 
 
 def test_sealed_tokens_need_no_filter(site: Open, rows: MemoryBackend) -> None:
     """What is forged does not pass the seal."""
     store = site(cookie_mode=CookieMode.SIGNED, mode=SessionMode.PERSISTENT)
     stored(store)
-    assert not store.behind.acquaintance.wanted
-    assert not (store.path / "known").exists()
+    assert not store.behind.id_filter.wanted
+    assert not (store.path / "bloom").exists()
 
 
 def test_a_filter_that_is_crowded_is_made_larger(
@@ -350,33 +376,33 @@ def test_a_filter_that_is_crowded_is_made_larger(
         session = store.session()
         session["v"] = 1
         session.save()
-    known = store.memory.environment.known
+    bloom = store.memory.environment.bloom
     assert store.sync.flush()
-    wait_until(lambda: is_ready(store) and not known.is_crowded)
-    assert known.capacity >= 64
+    wait_until(lambda: is_ready(store) and not bloom.is_crowded)
+    assert bloom.capacity >= 64
 
 
 def test_a_store_that_is_closed_meanwhile_is_opened_again(site: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, or before a fork, between a commit and its note."""
     store = site()
     wait_until(lambda: is_ready(store))
-    environment, acquaintance = store.memory.environment, store.behind.acquaintance
-    handle, add = bytes(range(20)), Known.add
-    closed: list[Known] = []
+    environment, id_filter = store.memory.environment, store.behind.id_filter
+    handle, add = bytes(range(20)), BloomFilter.add
+    closed: list[BloomFilter] = []
 
-    def closing_first(known: Known, added: bytes) -> None:
+    def closing_first(bloom: BloomFilter, added: bytes) -> None:
         if not closed:
-            closed.append(known)
+            closed.append(bloom)
             environment.close()
-        add(known, added)
+        add(bloom, added)
 
-    assert acquaintance.is_stranger(handle)
-    monkeypatch.setattr(Known, "add", closing_first)
-    acquaintance.note(handle)
-    assert not acquaintance.is_stranger(handle)
-    assert closed != [environment.known]
+    assert id_filter.lacks(handle)
+    monkeypatch.setattr(BloomFilter, "add", closing_first)
+    id_filter.note(handle)
+    assert not id_filter.lacks(handle)
+    assert closed != [environment.bloom]
     monkeypatch.undo()
-    known = environment.known
+    bloom = environment.bloom
     environment.close()
-    monkeypatch.setattr(type(environment), "known", known)
-    assert not acquaintance.is_stranger(bytes(20)), "who cannot look says nothing"
+    monkeypatch.setattr(type(environment), "bloom", bloom)
+    assert not id_filter.lacks(bytes(20)), "who cannot look says nothing"

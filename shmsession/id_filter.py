@@ -20,7 +20,7 @@ RETRY_MS: Final = 60_000
 """How long it is left as it is when it could not be filled."""
 
 
-class Acquaintance:
+class IdFilter:
     """One process's view of the filter. `wanted`: whether plain tokens are accepted, and nobody else writes there."""
 
     def __init__(self, memory: MemoryStore, backend: Backend, clock: Clock, *, wanted: bool) -> None:
@@ -38,23 +38,23 @@ class Acquaintance:
             return
         for _ in range(ATTEMPTS):
             with contextlib.suppress(ValueError):  # another thread closed the store: it is opened again
-                self._environment.known.add(handle)
+                self._environment.bloom.add(handle)
                 return
-        self._environment.known.take_back()
+        self._environment.bloom.take_back()
 
-    def is_stranger(self, handle: bytes) -> bool:
+    def lacks(self, handle: bytes) -> bool:
         """Whether the backend cannot have it."""
         if not self.wanted:
             return False
         try:
-            known, token = self._environment.known, self._token()
-            return known.is_ready(token) and not known.has(handle) and known.is_ready(token)
+            bloom, token = self._environment.bloom, self._token()
+            return bloom.is_ready(token) and not bloom.has(handle) and bloom.is_ready(token)
         except ValueError:  # another thread closed the store
             return False
 
     def _token(self) -> bytes:
         """What it holds for: this filling of it, this incarnation of memory, and so many losses of the backend."""
-        numbers = self._environment.known.filling, self._memory.outbox.losses()
+        numbers = self._environment.bloom.filling, self._memory.outbox.losses()
         return self._environment.uuid + b"".join(number.to_bytes(8, "big") for number in numbers)
 
     async def refresh(self) -> None:
@@ -65,18 +65,18 @@ class Acquaintance:
         boot = self._clock.boot()
         if not self.wanted or boot < self._not_before:
             return
-        known = self._environment.known
-        ready = known.is_ready(self._token()) and not known.is_crowded
+        bloom = self._environment.bloom
+        ready = bloom.is_ready(self._token()) and not bloom.is_crowded
         if ready and boot < self._next:
             return
         self._not_before = boot + RETRY_MS
         if not ready:
-            known.empty(2 * (await self._backend.count() + self._memory.count()))
+            bloom.empty(2 * (await self._backend.count() + self._memory.count()))
         token = self._token()
         await self._add_memory()
         async for handle in self._backend.handles():
             self.note(handle)
-        self._environment.known.make_ready(token)
+        self._environment.bloom.make_ready(token)
         self._next, self._not_before = self._clock.boot() + REFRESH_MS, 0
 
     async def _add_memory(self) -> None:

@@ -25,12 +25,12 @@ _READY_AT, _READY_BYTES = 16, 16
 _PIECES: Final = 5
 
 
-class Known:
+class BloomFilter:
     """The filter of one store in this process. Raises UnsafeStore when the file is not our own."""
 
     def __init__(self, path: Path, directory: int) -> None:
         self._path = path
-        self._descriptor = place.open_file(path / "known", directory, create=True)
+        self._descriptor = place.open_file(path / "bloom", directory, create=True)
         size = os.fstat(self._descriptor).st_size
         if size < _HEADER_BYTES:
             place.give(self._descriptor, _HEADER_BYTES)
@@ -68,7 +68,7 @@ class Known:
 
     def _sealed(self, token: bytes) -> bytes:
         """For this size only: with another one the slots of a handle are others."""
-        return blake2b(token + self._map[:8], digest_size=_READY_BYTES, person=b"shmsession known").digest()
+        return blake2b(token + self._map[:8], digest_size=_READY_BYTES, person=b"shmsession bloom").digest()
 
     def make_ready(self, token: bytes) -> None:
         """Say that it holds all."""
