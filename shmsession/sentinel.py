@@ -40,7 +40,7 @@ class Neighbour(BackendError):
 
 
 class Overtaken(Neighbour):
-    """Somebody else was faster, most likely another flusher of this store."""
+    """Somebody else was faster, most likely another flusher of this store: it is looked at again."""
 
 
 class Sentinel:
@@ -55,13 +55,19 @@ class Sentinel:
         self.greeted: bytes | None = None
         """The incarnation that has looked; None after a failure, and every few seconds: a batch that was on its way
         when the backend lost everything may have put a sentinel there that is as new as the last."""
+        self._looked = b""
+        """The last incarnation that has."""
         self.initialized = False
         self._place = place_of(memory.environment.path)
         self._stranger: tuple[tuple[bytes, int], int] | None = None
 
     def next(self) -> list[Row]:
-        """What goes with the next batch."""
-        return [] if self.shared else [self._row(self._outbox.note(_BEAT) + 1, FOREVER - 1)]
+        """What goes with the next batch. Raises Overtaken when the memory store was built anew since the last look."""
+        if self.shared:
+            return []
+        if self._looked != self._environment.uuid:
+            raise Overtaken("the memory store was built anew: looking again")
+        return [self._row(self._outbox.note(_BEAT) + 1, FOREVER - 1)]
 
     def _row(self, beat: int, horizon: int) -> Row:
         """`horizon`: FOREVER when we know what stood there, one less when we do not: the later one is kept, so that
@@ -81,7 +87,7 @@ class Sentinel:
             self.initialized = True
         if not self.shared:
             await self._take_over()
-        self.greeted = self._environment.uuid
+        self.greeted = self._looked = self._environment.uuid
         return True
 
     async def _take_over(self) -> None:

@@ -21,6 +21,7 @@ from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import STALE_FILL_MS, Missing
 from shmsession.memory.tables import LOSSES, PUT_BACK, RECALLED, Tables, Txn, sequence_key
 from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
+from shmsession.sentinel import Overtaken
 from tests.backends import (
     ADA,
     AFTER,
@@ -437,6 +438,28 @@ def test_what_a_batch_shows_to_be_lost_is_not_retired_in_the_same_attempt(place:
         asyncio.run(flusher._attempt())
         host.flush(flusher)
         assert all(isinstance(host.read_through(handle(number)), Record) for number in range(10, 60))
+
+
+def test_a_batch_that_was_read_before_a_rebuild_is_not_sent_in_the_name_of_the_new_store(host: Host) -> None:
+    """It would hide that the backend fell back, which a store built anew must find out for itself."""
+    flusher = host.flusher()
+    host.create(A)
+    host.flush(flusher)
+    snapshot = host.backend.snapshot()
+    host.destroy(A)
+    host.flush(flusher)
+    host.create(B)
+    dying = Running(flusher.round())
+    dying.step()
+    assert dying.at is None, "it has read"
+    host.backend.restore(snapshot)
+    build_anew(host)
+    with contextlib.suppress(Overtaken):
+        dying.until("write!")
+    dying.abandon()
+    host.flush(host.flusher())
+    assert host.backend.state(A) is State.DEAD
+    host.agrees()
 
 
 def test_a_zombie_crosses_off_nothing_in_a_store_built_anew(host: Host) -> None:
