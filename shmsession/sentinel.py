@@ -80,14 +80,15 @@ class Sentinel:
 
         Once, and again when `greeted` was taken back. Raises Neighbour, BackendError, StoreError.
         """
-        if self.greeted == self._environment.uuid:
+        looking = self._environment.uuid
+        if self.greeted == looking:
             return False
         if not self.initialized:
             await self._backend.initialize()
             self.initialized = True
         if not self.shared:
             await self._take_over()
-        self.greeted = self._looked = self._environment.uuid
+        self.greeted = self._looked = looking
         return True
 
     async def _take_over(self) -> None:

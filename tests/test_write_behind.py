@@ -462,6 +462,24 @@ def test_a_batch_that_was_read_before_a_rebuild_is_not_sent_in_the_name_of_the_n
     host.agrees()
 
 
+def test_a_look_that_began_before_a_rebuild_is_none_of_the_new_store(host: Host) -> None:
+    """What it found out, that the backend fell back, the new store does not know."""
+    host.create(A)
+    host.flush()
+    snapshot = host.backend.snapshot()
+    host.renew(A, B)
+    host.flush()
+    host.update(B, v=1)
+    host.backend.restore(snapshot)
+    looking = Running(host.flusher().round()).until("write!")
+    build_anew(host)
+    host.backend.watch = lambda *_: never_both(host, A, B)
+    with contextlib.suppress(Overtaken):
+        looking.finish()
+    host.flush(host.flusher())
+    host.agrees()
+
+
 def test_a_zombie_crosses_off_nothing_in_a_store_built_anew(host: Host) -> None:
     """It was stopped before it heard that its row was stored; the backend has forgotten that since."""
     flusher, stopped = host.flusher(), host.flusher()
