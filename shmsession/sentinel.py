@@ -80,7 +80,7 @@ class Sentinel:
 
         Once, and again when `greeted` was taken back. Raises Neighbour, BackendError, StoreError.
         """
-        looking = self._environment.uuid
+        looking, boot = self._environment.uuid, self._clock.boot()
         if self.greeted == looking:
             return False
         if not self.initialized:
@@ -89,6 +89,7 @@ class Sentinel:
         if not self.shared:
             await self._take_over()
         self.greeted = self._looked = looking
+        self._environment.vouched = boot
         return True
 
     async def _take_over(self) -> None:

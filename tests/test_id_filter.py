@@ -16,6 +16,7 @@ from shmsession.memory import bloom as filters
 from shmsession.memory import place as place_module
 from shmsession.memory.bloom import BloomFilter
 from shmsession.memory.place import open_directory
+from shmsession.testing import ManualClock
 from tests.asking import PROTOCOLS, Visitor
 from tests.backends import MemoryBackend
 from tests.figures import report, rng
@@ -25,12 +26,9 @@ KEY = Key(b"k" * 32)
 
 
 @pytest.fixture
-def file(place: Path) -> Iterator[BloomFilter]:
-    descriptor = open_directory(place)
-    bloom = BloomFilter(place, descriptor)
-    os.close(descriptor)
-    yield bloom
-    bloom.close()
+def bloom(place: Path) -> BloomFilter:
+    os.close(open_directory(place))
+    return BloomFilter(place)
 
 
 def handles(count: int, name: str = "handles") -> list[bytes]:
@@ -41,75 +39,106 @@ def handles(count: int, name: str = "handles") -> list[bytes]:
 # ── the filter ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_was_added_is_known_and_hardly_anything_else(file: BloomFilter) -> None:
-    file.empty(0)
+def test_what_was_added_is_known_and_hardly_anything_else(bloom: BloomFilter) -> None:
+    slots = bloom.begin(0)
     ours, others = handles(60_000), handles(60_000, "others")
     for handle in ours:
-        file.add(handle)
-    assert all(map(file.has, ours))
-    false = sum(map(file.has, others))
+        slots.add(handle)
+    assert all(map(slots.has, ours))
+    false = sum(map(slots.has, others))
     report("filter of plain ids", added=len(ours), unknown=len(others), taken_for_known=false)
     assert false < len(others) // 100
-    assert not file.is_crowded
+    assert not slots.is_crowded
 
 
-def test_it_is_ready_for_one_state_of_things_only(file: BloomFilter) -> None:
+def test_it_is_ready_for_one_state_of_things_only(bloom: BloomFilter) -> None:
     one, other = b"1" * 16, b"2" * 16
-    assert not file.is_ready(one)
-    file.empty(10)
-    file.make_ready(one)
-    assert file.is_ready(one)
-    assert not file.is_ready(other)
-    file.empty(10)
-    assert not file.is_ready(one)
+    assert bloom.current() is None
+    slots = bloom.begin(10)
+    assert not slots.is_ready(one)
+    slots.make_ready(one)
+    assert slots.is_ready(one)
+    assert not slots.is_ready(other)
+    assert not bloom.begin(10).is_ready(one)
 
 
-def test_it_grows_under_those_who_have_it_mapped(
-    place: Path, file: BloomFilter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Never shrinks, and says when it is too small."""
-    monkeypatch.setattr(filters, "SMALLEST", 64)
-    file.empty(0)
-    for handle in handles(65):
-        file.add(handle)
-    assert file.is_crowded
-    descriptor = open_directory(place)
-    other = BloomFilter(place, descriptor)
-    os.close(descriptor)
-    other.empty(100_000)
-    assert other.capacity >= 100_000
+def test_those_who_have_it_mapped_go_over_to_the_next_filling(place: Path, bloom: BloomFilter) -> None:
+    """Of whatever size; and who was overtaken while filling one spoils nothing."""
+    overtaken = bloom.begin(0)
+    other = BloomFilter(place)
     for handle in handles(100):
-        other.add(handle)
-    assert all(map(file.has, handles(100)))
-    other.empty(1)
-    assert other.capacity >= 100_000
-    other.close()
+        overtaken.add(handle)
+    for size in (100_000, 10):
+        slots = other.begin(size)
+        slots.make_ready(b"ready")
+        seen = bloom.current()
+        assert seen is not None
+        assert seen.capacity == slots.capacity >= size
+        assert not any(map(seen.has, handles(100)))
+        slots.add(handles(1)[0])
+        assert seen.has(handles(1)[0])
+        overtaken.make_ready(b"mine")
+        assert seen.is_ready(b"ready")
+        assert not seen.is_ready(b"mine")
+    assert sorted(file.name for file in place.iterdir()) == ["bloom"]
 
 
-def test_what_is_added_again_does_not_crowd_it(file: BloomFilter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is every hour."""
+def test_it_says_when_it_is_too_small(bloom: BloomFilter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added again, as it is every hour, does not crowd it."""
     monkeypatch.setattr(filters, "SMALLEST", 64)
-    file.empty(0)
+    slots = bloom.begin(0)
     for _ in range(3):
         for handle in handles(60):
-            file.add(handle)
-    assert not file.is_crowded
+            slots.add(handle)
+    assert not slots.is_crowded
+    for handle in handles(80):
+        slots.add(handle)
+    assert slots.is_crowded
 
 
-@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\0" * 7 + b"\x10", bytes(8)])
-def test_a_damaged_filter_takes_nobody_for_unknown(site: "Open", damage: bytes) -> None:
-    """Its size is not to be believed: it is not ready, and is made anew."""
+@pytest.mark.parametrize("size", [0, 100, 4096, 5000])
+def test_a_filter_that_was_cut_is_not_believed(site: "Open", size: int) -> None:
+    """It is made anew."""
     store = site()
     session_id = stored(store)
     wait_until(lambda: is_ready(store))
-    with (store.path / "bloom").open("r+b") as file:
-        file.write(damage)
+    os.truncate(store.path / "bloom", size)
     forget(store.memory)
     assert store.session(session_id)["v"] == 1
-    another = stored(store)
     wait_until(lambda: is_ready(store))
+    another = stored(store)
     forget(store.memory)
     assert store.session(another)["v"] == 1
+
+
+@pytest.mark.parametrize("what", ["removed", "not to be opened", "somebody else's"])
+def test_a_filter_that_cannot_be_written_is_not_believed(
+    site: "Open", monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """By anybody: whoever finds that out takes it away."""
+    store = site()
+    wait_until(lambda: is_ready(store))
+    other = BloomFilter(store.path)
+    monkeypatch.setattr(store.memory.environment, "bloom", BloomFilter(store.path))
+    if what == "removed":
+        store_file(store).unlink()
+    elif what == "somebody else's":
+        store_file(store).chmod(0o644)
+    else:
+        monkeypatch.setattr("shmsession.memory.bloom.place.open_file", raises(OSError(24, "too many open files")))
+    store.behind.id_filter.note(bytes(range(20)))
+    assert other.current() is None
+
+
+def store_file(store: SessionStore) -> Path:
+    return store.path / "bloom"
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_without_room_for_a_filter_every_unknown_id_is_looked_for(
@@ -117,15 +146,15 @@ def test_without_room_for_a_filter_every_unknown_id_is_looked_for(
 ) -> None:
     """Nothing else suffers."""
 
+    store = site("s", cookie_mode=CookieMode.PRIVATE)
+    store.close()
     give = place_module.give
 
     def full(descriptor: int, size: int) -> None:
-        if size > 4096 and size % 4096 == 0 and size != 1 << 16:
+        if size > 1 << 20:
             raise OSError(28, "no room, by order")
         give(descriptor, size)
 
-    store = site("s", cookie_mode=CookieMode.PRIVATE)
-    store.close()
     monkeypatch.setattr("shmsession.memory.place.give", full)
     store = site()
     session_id = stored(store)
@@ -153,9 +182,16 @@ def site(place: Path, rows: MemoryBackend) -> Iterator[Open]:
     stores: list[SessionStore] = []
 
     def make(where: str = "s", **settings: Any) -> SessionStore:
-        given = {"cookie_mode": CookieMode.PLAIN, "keys": (KEY,), "secure": False, "map_size": 4 << 20, **settings}
+        given: dict[str, Any] = {
+            "cookie_mode": CookieMode.PLAIN,
+            "keys": (KEY,),
+            "secure": False,
+            "map_size": 4 << 20,
+            **settings,
+        }
+        clock = given.pop("clock", None)
         config = SessionConfig(directory=place / where, name="test", **given)
-        stores.append(SessionStore(rows, config=config))
+        stores.append(SessionStore(rows, config=config, clock=clock))
         return stores[-1].open()
 
     yield make
@@ -164,8 +200,8 @@ def site(place: Path, rows: MemoryBackend) -> Iterator[Open]:
 
 
 def is_ready(store: SessionStore) -> bool:
-    id_filter = store.behind.id_filter
-    return store.memory.environment.bloom.is_ready(id_filter._token())
+    """Whether an id that nobody has is not looked for any more."""
+    return store.behind.id_filter.lacks(os.urandom(20)) or store.behind.id_filter.lacks(os.urandom(20))
 
 
 def look_ups(rows: MemoryBackend) -> int:
@@ -295,18 +331,47 @@ def test_sessions_are_flushed_while_the_backend_is_listed(site: Open, rows: Memo
 
 
 def test_who_was_overtaken_while_filling_it_cannot_say_that_it_is_ready(site: Open, rows: MemoryBackend) -> None:
-    """A process that stood still for a while; another has emptied the filter since, and not filled it yet."""
+    """A process that stood still for a while; another has begun anew since, and is not done."""
     listing, ends = slow_listing(rows)
     store = site()
     wait_until(listing.is_set)
     id_filter = store.behind.id_filter
     before = id_filter._next
-    store.memory.environment.bloom.empty(10)
+    store.memory.environment.bloom.begin(10)
     ends.set()
     wait_until(lambda: id_filter._next > before)
-    assert not id_filter.lacks(bytes(range(20)))
+    assert not is_ready(store)
     wait_until(lambda: is_ready(store))
-    assert id_filter.lacks(bytes(range(20)))
+
+
+def test_what_another_store_made_meanwhile_is_not_taken_for_unknown(site: Open, rows: MemoryBackend) -> None:
+    """This one was stopped, another took its tables over, and the first is started again, with its memory."""
+    first = site("first")
+    wait_until(lambda: is_ready(first))
+    first.close()
+    del rows.rows[SENTINEL]  # its sign of life, for which the next store of these tables would wait until it is old
+    second = site("second")
+    ids = [stored(second) for _ in range(20)]
+    for alive in (True, False):
+        if not alive:
+            second.close()
+        again = site("first")
+        assert all(again.session(session_id)["v"] == 1 for session_id in ids)
+        again.close()
+        forget(again.memory)
+
+
+def test_who_has_not_heard_of_the_backend_for_a_while_knows_nothing(site: Open, rows: MemoryBackend) -> None:
+    """A host that stood still: another may have taken its tables over by then."""
+    clock = ManualClock()
+    store = site(clock=clock)
+    wait_until(lambda: is_ready(store))
+    rows.fail("load", times=10_000)
+    clock.advance(11)
+    assert not is_ready(store)
+    rows.heal()
+    clock.advance(60)
+    wait_until(lambda: is_ready(store))
 
 
 def test_what_the_backend_had_before_is_known(site: Open, rows: MemoryBackend) -> None:
@@ -376,33 +441,10 @@ def test_a_filter_that_is_crowded_is_made_larger(
         session = store.session()
         session["v"] = 1
         session.save()
-    bloom = store.memory.environment.bloom
     assert store.sync.flush()
-    wait_until(lambda: is_ready(store) and not bloom.is_crowded)
-    assert bloom.capacity >= 64
 
+    def is_large() -> bool:
+        slots = store.memory.environment.bloom.current()
+        return is_ready(store) and slots is not None and slots.capacity >= 64 and not slots.is_crowded
 
-def test_a_store_that_is_closed_meanwhile_is_opened_again(site: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another thread, or before a fork, between a commit and its note."""
-    store = site()
-    wait_until(lambda: is_ready(store))
-    environment, id_filter = store.memory.environment, store.behind.id_filter
-    handle, add = bytes(range(20)), BloomFilter.add
-    closed: list[BloomFilter] = []
-
-    def closing_first(bloom: BloomFilter, added: bytes) -> None:
-        if not closed:
-            closed.append(bloom)
-            environment.close()
-        add(bloom, added)
-
-    assert id_filter.lacks(handle)
-    monkeypatch.setattr(BloomFilter, "add", closing_first)
-    id_filter.note(handle)
-    assert not id_filter.lacks(handle)
-    assert closed != [environment.bloom]
-    monkeypatch.undo()
-    bloom = environment.bloom
-    environment.close()
-    monkeypatch.setattr(type(environment), "bloom", bloom)
-    assert not id_filter.lacks(bytes(20)), "who cannot look says nothing"
+    wait_until(is_large)

@@ -49,8 +49,9 @@ NAMESPACE: Final = 1
 DOWN_UNTIL: Final = 2
 RINGS: Final = 3
 LAST_PLACE: Final = 4
+VOUCHED: Final = 5
 """The words of the mapped file `attached`."""
-WORDS: Final = 5
+WORDS: Final = 6
 
 Judge = Callable[[bytes, bytes], tuple[Header, bool, bool] | None]
 """The header of a salvaged record, whether it is verified, and whether the record can be had again unless it waits;

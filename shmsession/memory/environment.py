@@ -31,6 +31,7 @@ from .building import (
     NAMESPACE,
     RINGS,
     STORE_FORMAT,
+    VOUCHED,
     WORDS,
     Building,
     identity,
@@ -72,8 +73,8 @@ class Opened:
     """An open environment and what must be compared to know that it is still the right one."""
 
     __slots__ = (
-        "attached", "bloom", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid",
-        "tables", "uuid", "words",
+        "attached", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid", "tables", "uuid",
+        "words",
     )  # fmt: skip
 
     def __init__(self, env: lmdb.Environment, attached: int, words: memoryview, data: Path, counters: Counters) -> None:
@@ -81,7 +82,6 @@ class Opened:
         self.attached = attached
         self.words = words
         self.counters = counters
-        self.bloom: BloomFilter | None = None
         self.generation: int = words[GENERATION]
         self.identity = identity(data)
         self.pid = os.getpid()
@@ -101,8 +101,6 @@ class Opened:
         """Leave: others may find themselves alone after this."""
         self.env.close()
         self.counters.close()
-        if self.bloom is not None:
-            self.bloom.close()
         fcntl.flock(self.attached, fcntl.LOCK_UN)
         os.close(self.attached)
 
@@ -125,6 +123,8 @@ class Environment:
         self.data = building.data
         self.building = building
         self.quarantines = building.quarantines
+        self.bloom = BloomFilter(self.path)
+        """Which handles a backend may have."""
         self.users = 0
         self.redoing = False
         """Whether the running write has committed once already, to an environment that was rebuilt meanwhile."""
@@ -200,20 +200,6 @@ class Environment:
         return (self._opened or self.open()).counters
 
     @property
-    def bloom(self) -> BloomFilter:
-        """Which handles a backend may have; made when somebody first asks for it."""
-        opened = self._opened or self.open()
-        if opened.bloom is None:
-            with self.lock:
-                directory = place.open_directory(self.path)
-                try:
-                    if opened.bloom is None:
-                        opened.bloom = BloomFilter(self.path, directory)
-                finally:
-                    os.close(directory)
-        return opened.bloom
-
-    @property
     def backend_down_until(self) -> int:
         """The boot time, in milliseconds, until which nobody asks the backend: it has just failed."""
         return int((self._opened or self.open()).words[DOWN_UNTIL])
@@ -226,6 +212,15 @@ class Environment:
     def rings(self) -> int:
         """How often somebody rang for the flusher, for one that cannot hear the doorbell. Not every ring counts."""
         return int((self._opened or self.open()).words[RINGS])
+
+    @property
+    def vouched(self) -> int:
+        """The boot time of the last look at the backend that found nobody else there, in milliseconds; 0: none yet."""
+        return int((self._opened or self.open()).words[VOUCHED])
+
+    @vouched.setter
+    def vouched(self, boot: int) -> None:
+        (self._opened or self.open()).words[VOUCHED] = boot
 
     def ring(self) -> None:
         """Count one."""
@@ -405,6 +400,8 @@ class Environment:
             words = memoryview(mmap.mmap(attached, 8 * WORDS)).cast("Q")
             if _try_exclusive(attached):
                 words[NAMESPACE] = _pid_namespace()
+                words[VOUCHED] = 0
+                self.bloom.remove()  # whatever has happened since there was somebody here
                 self.building.make_ready(directory, words)
             elif words[NAMESPACE] == _pid_namespace():
                 if not self.building.is_there():
