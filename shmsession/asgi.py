@@ -7,7 +7,15 @@ from typing import Any
 
 from .commit import Outcome
 from .errors import ShmSessionError, StoreError
-from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, with_session_headers
+from .headers import (
+    FAILED,
+    FAILED_BODY,
+    RETRY_AFTER,
+    UNAVAILABLE,
+    UNAVAILABLE_BODY,
+    RawHeaders,
+    with_session_headers,
+)
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
@@ -45,10 +53,11 @@ class SessionMiddleware:
             await self.app(scope, receive, send)
             return
         held = scope.get(ENVIRON_KEY)
+        readonly = self._readonly is not None and self._readonly(scope["path"])
         if held is not None and held.port is self.store:  # a middleware further out has it in hand
+            held.readonly = held.readonly or readonly
             await self.app(scope, receive, send)
             return
-        readonly = self._readonly is not None and self._readonly(scope["path"])
         credential: Any = partial(_cookie_header, scope["headers"])
         if not self.store.transport.is_simple:
             credential = partial(self.store.transport.presented, partial(_header, scope["headers"]), _peer(scope))
@@ -89,7 +98,10 @@ class SessionMiddleware:
                 raise
             await _unavailable(send, error)
         except Exception:  # whatever the application raised goes on to the server
+            withdrawn = store.withdrawn(session)
             store.commit_failed(session)
+            if withdrawn:
+                await _failed(send, with_session_headers(FAILED, withdrawn, store.transport.vary))
             raise
         else:
             if not (refused or (session.headers_sent and session.is_settled)):  # as commit() asks, a call earlier
@@ -190,6 +202,12 @@ def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: Sessi
     if type(headers) is not list:
         headers = list(headers)
     return {**message, "headers": with_session_headers(headers, outcome.headers, store.transport.vary)}
+
+
+async def _failed(send: Send, headers: RawHeaders) -> None:
+    """The error page, in place of the one that the server would make of an exception."""
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": FAILED_BODY})
 
 
 async def _unavailable(send: Send, error: StoreError) -> None:

@@ -13,7 +13,7 @@ REMEMBERED: Final = 1024
 IPV6_PREFIX: Final = 64
 """Bits of an IPv6 address that count: the rest is the machine's own, which changes it every few hours (RFC 8981)."""
 
-_FORWARDED_FOR: Final = re.compile(r'(?:^|[;,])\s*for\s*=\s*("(?:[^"\\]|\\.)*"|[^;,\s]*)', re.IGNORECASE)
+_PAIR: Final = re.compile(r'([^=;"\s]+)\s*=\s*("[^"]*"|[^;"\s]*)')
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[\w.-]*)?|([\d.]+)(?::\d+)?")
 
 
@@ -40,16 +40,37 @@ class Binding:
         if not self._proxies or not forwarded:
             return peer
         if self._header == "Forwarded":
-            told: list[str] = [found.strip('"') for found in _FORWARDED_FOR.findall(forwarded)]
-        else:
-            told = forwarded.split(",")
-        return [*told, peer][-min(self._proxies, len(told)) - 1].strip()
+            return _noted_for(_last_elements(forwarded, self._proxies)[0]) or peer
+        return forwarded.rsplit(",", self._proxies)[-self._proxies :][0].strip()
 
     @staticmethod
     def _digest_of(address: str, agent: bytes) -> bytes:
         network = network_of(address).encode()
-        parts = len(network).to_bytes(2, "big") + network + agent
+        parts = len(network).to_bytes(4, "big") + network + agent
         return b"\0" + blake2b(parts, digest_size=16, person=b"shmsession who").digest()
+
+
+def _last_elements(forwarded: str, count: int) -> list[str]:
+    """The last elements, so many or all, of a list of RFC 7239. Read from its end: quotes that a client left open stand
+    in front of what proxies have noted."""
+    elements: list[str] = []
+    pieces: list[str] = []
+    quotes = 0
+    for piece in reversed(forwarded.split(",")):
+        pieces.append(piece)
+        quotes += piece.count('"')
+        if quotes % 2 == 0:
+            elements.append(",".join(reversed(pieces)))
+            pieces = []
+            if len(elements) == count:
+                return elements[::-1]
+    return [",".join(reversed(pieces)), *reversed(elements)] if pieces else elements[::-1]
+
+
+def _noted_for(element: str) -> str:
+    """Whom a proxy noted; "" when it noted nobody."""
+    noted: dict[str, str] = {name.lower(): value.strip('"') for name, value in _PAIR.findall(element)}
+    return noted.get("for", "")
 
 
 def network_of(address: str) -> str:

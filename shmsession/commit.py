@@ -13,8 +13,8 @@ from .headers import RawHeaders
 from .hooks import CommitDropped, Created, Destroyed, Hooks, Renewed
 from .ids import handle_of
 from .keyring import Keyring
-from .memory.store import MemoryStore, Missing
-from .record import USER_KEY, Changes, Record
+from .memory.store import ID_IN_USE, MemoryStore, Missing
+from .record import LONGTERM, USER_KEY, Changes, Record
 from .session import Session
 from .transport import NOTHING_PRESENTED, Presented, Transport
 
@@ -116,10 +116,12 @@ class Committer(ABC):
         else:
             self._commit(session, now)
         session.settle()
-        if not (session.owes_cookie or session.drops_cookie or session.through or session.choice is not None):
+        if not (
+            session.owes_cookie or session.drops_cookie or session.through or session.choice is not None or session.gone
+        ):
             return LOOKED if session.accessed else UNTOUCHED
         through, session.through = session.through, ()
-        return Outcome(session.accessed, self._headers(session, now), through if self.is_persistent else ())
+        return Outcome(session.accessed, self._headers(session, now) or (), through if self.is_persistent else ())
 
     def commit_failed(self, session: Session) -> None:
         """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
@@ -132,6 +134,12 @@ class Committer(ABC):
         except ShmSessionError as error:  # the application's own exception is on its way, and must arrive
             logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
         session.discard()
+
+    def withdrawn(self, session: Session) -> RawHeaders:
+        """What a response must carry although its request failed: that the visitor does not agree to be remembered."""
+        if session.headers_sent or session.choice is not False:
+            return []
+        return self._headers(session, self.clock.now())
 
     def save(self, session: Session) -> None:
         """Commit a session's changes now (`Session.save`)."""
@@ -159,6 +167,8 @@ class Committer(ABC):
             headers = self.transport.issue(session.secret, now, origin, longterm=session.longterm)
         elif not session.gone and session.drops_cookie:
             headers = self.transport.expire(origin)
+        elif session.gone:
+            headers = self.transport.expire_old(origin)
         if session.tells_choice:
             assert session.choice is not None
             headers = [*headers, *self.transport.choose(session.choice, origin)]
@@ -215,7 +225,7 @@ class Committer(ABC):
         stored = changes.set if user is None else {**changes.set, USER_KEY: user}
         record = self.memory.create(handle, changes._replace(set=stored), now)
         if record is None:
-            raise StoreError("a new session got an id that is in use: see that id_generator never gives one twice")
+            raise StoreError(ID_IN_USE)
         self.issued(handle)
         session.committed(secret, handle, record, changes)
         self.hooks.emit(Created(handle.hex(), logged_in=user is not None))
@@ -256,6 +266,9 @@ class Committer(ABC):
         if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
             session.committed(secret, handle, record, changes)
             return
+        if self.config.browser_session and session.longterm != bool(record.header.flags & LONGTERM):
+            self._need_headers(session)
+            session.owes_cookie = True
         try:
             found = self.memory.update(handle, record, changes, now)
             if found is Missing.UNKNOWN and self.refill(handle):
@@ -266,8 +279,6 @@ class Committer(ABC):
             return
         if isinstance(found, Record):
             session.committed(secret, handle, found, changes)
-            if changes.longterm is not None and self.config.browser_session:
-                session.owes_cookie = True
         else:
             self._drop(session, changes, now)
 

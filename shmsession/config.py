@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Literal
 
-from .cookie_rules import TOKEN, Attributes
+from .cookie_rules import TOKEN, Attributes, check_header
 from .errors import ConfigError
 from .ids import is_id
 from .keyring import Key, Keyring, load_or_create
@@ -69,19 +69,24 @@ class CookieMode(Enum):
 class OldCookie:
     """What this site's cookie was before: it is still accepted, and replaced at the next commit.
 
-    `name` None: the same as now. What is accepted is as safe as the least of these: leave one out when its time is
-    over.
+    `name` None: the same as now. `domain` and `path`, which it was set with, are needed to take it away, should they
+    have changed as well. What is accepted is as safe as the least of these: leave one out when its time is over.
     """
 
     name: str | None = None
     mode: CookieMode = CookieMode.PRIVATE
     bind_to: tuple[str, ...] = ()
+    domain: str | None = None
+    path: str = "/"
 
     def __post_init__(self) -> None:
         if type(self.mode) is not CookieMode:
             raise ConfigError(f"OldCookie mode is {self.mode!r}: write a CookieMode, such as CookieMode.PRIVATE")
         if self.name is not None and not (type(self.name) is str and TOKEN.fullmatch(self.name)):
             raise ConfigError(f"OldCookie name is {self.name!r}: write the name that the cookie had, or None")
+        if not (type(self.domain) in (str, type(None)) and type(self.path) is str):
+            raise ConfigError("OldCookie domain and path: write what the cookie was set with")
+        Attributes(secure=True, domain=self.domain, path=self.path).check()
         object.__setattr__(self, "bind_to", _bindings("OldCookie bind_to", self.bind_to, self.mode))
 
 
@@ -218,31 +223,33 @@ class SessionConfig:
             name = getattr(self, what)
             if not (name is None or TOKEN.fullmatch(name)):
                 raise ConfigError(f"{what} {name!r}: write up to 64 letters, digits, dashes or underscores")
-        given = Attributes(
-            secure=self.secure,
-            domain=self.domain,
-            path=self.path,
-            same_site=self.same_site,
-            partitioned=self.partitioned,
-        )
+        given = self.attributes
         given.check()
         given.check_name(self.effective_cookie_name, "cookie_name", http_only=self.http_only)
         given.check_name(self.effective_storable_cookie_name, "storable_cookie_name", http_only=False)
 
     def _check_transport(self) -> None:
-        if self.effective_storable_cookie_name == self.effective_cookie_name:
+        if self.effective_storable_cookie_name in (self.effective_cookie_name, *(old.name for old in self.old_cookies)):
             raise ConfigError(
-                f"storable_cookie_name {self.storable_cookie_name!r}: give it another name than the session's"
+                f"the cookie {self.effective_storable_cookie_name!r} says what a visitor chose: give it another name "
+                "(storable_cookie_name) than the session's cookie has or had"
             )
-        if self.transport != "cookie" and not TOKEN.fullmatch(self.header_name):
-            raise ConfigError(f"header_name {self.header_name!r}: write up to 64 letters, digits and dashes")
+        if self.old_cookies and self.transport == "header":
+            raise ConfigError(
+                "old_cookies are not read with transport='header': set transport='both', or leave them out"
+            )
+        if self.transport != "cookie":
+            check_header(self.header_name)
         object.__setattr__(self, "bind_to", _bindings("bind_to", self.bind_to, self.cookie_mode))
         if not 0 <= self.trusted_proxies <= MAX_PROXIES:
             raise ConfigError(
                 f"{PREFIX}TRUSTED_PROXIES (trusted_proxies) is {self.trusted_proxies}: write 0 to {MAX_PROXIES}"
             )
         if self.id_generator is not None:
-            one, other = str(self.id_generator()), str(self.id_generator())
+            try:
+                one, other = str(self.id_generator()), str(self.id_generator())
+            except Exception as error:  # somebody else's code
+                raise ConfigError(f"id_generator fails with {type(error).__name__}: {error}") from error
             if not (is_id(one) and is_id(other)) or one == other:
                 raise ConfigError(
                     "id_generator must give another id at each call, of 16 to 128 letters, digits, dots, dashes, "
@@ -274,6 +281,11 @@ class SessionConfig:
         """The name of the cookie that says what a visitor chose. Scripts read it, so it cannot promise HttpOnly."""
         readable = re.sub("^__(?:Host-)?Http-", "__Secure-", self.effective_cookie_name, flags=re.IGNORECASE)
         return self.storable_cookie_name or f"{readable}-storable"
+
+    @property
+    def attributes(self) -> Attributes:
+        """What is said of each cookie."""
+        return Attributes(self.secure, self.domain, self.path, self.same_site, self.partitioned)
 
     @property
     def effective_touch_interval(self) -> timedelta:

@@ -12,6 +12,14 @@ _ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
 _DOMAIN = re.compile(r"\.?(?=.{1,253}\Z)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,=:@%\[\]-]*)+")
 
+_HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
+_TAKEN: Final = frozenset((
+    "authorization", "cache-control", "connection", "cookie", "date", "expires", "forwarded", "host", "location",
+    "pragma", "server", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade", "user-agent", "vary", "via",
+    "x-real-ip",
+))  # fmt: skip
+_TAKEN_KINDS: Final = ("accept", "access-control-", "content-", "if-", "x-forwarded-")
+
 
 class Attributes(NamedTuple):
     """What is said of a cookie besides its name and value; fields as in SessionConfig."""
@@ -19,8 +27,15 @@ class Attributes(NamedTuple):
     secure: bool
     domain: str | None
     path: str
-    same_site: str
-    partitioned: bool
+    same_site: str = "Lax"
+    partitioned: bool = False
+
+    def fitting(self, name: str) -> "Attributes":
+        """The nearest with which browsers accept a cookie of this name."""
+        prefix = name.lower()
+        if prefix.startswith("__host-"):
+            return self._replace(secure=True, domain=None, path="/")
+        return self._replace(secure=True) if prefix.startswith(("__secure-", "__http-")) else self
 
     def check(self) -> None:
         """Raises ConfigError for what no cookie may say."""
@@ -63,3 +78,11 @@ class Attributes(NamedTuple):
                 f"browsers refuse the cookie {name!r} with a domain or a path: "
                 f"leave both out, or set {setting}={'__Secure-' + name[7:]!r}"
             )
+
+
+def check_header(name: str) -> None:
+    """Raises ConfigError for a header that cannot carry a session."""
+    if not _HEADER.fullmatch(name):
+        raise ConfigError(f"header_name {name!r}: write up to 64 letters, digits and dashes")
+    if name.lower() in _TAKEN or name.lower().startswith(_TAKEN_KINDS):
+        raise ConfigError(f"header_name {name!r} has another meaning: write one of your own, such as X-Session")

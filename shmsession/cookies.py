@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from .config import SessionConfig
+from .cookie_rules import Attributes
 
 
 def find(header: bytes, needle: bytes) -> bytes | str | None:
@@ -25,11 +25,11 @@ def find(header: bytes, needle: bytes) -> bytes | str | None:
 
 
 class Writer:
-    """Writes one cookie of a configuration. `readable`: by scripts, whatever is configured for the session's own."""
+    """Writes one cookie."""
 
-    def __init__(self, config: SessionConfig, name: str, *, readable: bool = False) -> None:
+    def __init__(self, name: str, attributes: Attributes, *, http_only: bool) -> None:
         self._prefix = name + "="
-        self._attributes = _attributes(config, http_only=config.http_only and not readable)
+        self._attributes = _written(attributes, http_only=http_only)
 
     def issue(self, value: str, max_age: timedelta | None) -> str:
         """The Set-Cookie value that gives the browser this; with None it ends with the browser."""
@@ -41,16 +41,16 @@ class Writer:
         return f"{self._prefix}; Max-Age=0{self._attributes}"
 
 
-def _attributes(config: SessionConfig, *, http_only: bool) -> str:
+def _written(attributes: Attributes, *, http_only: bool) -> str:
     return "".join(
         f"; {text}"
         for text, wanted in (
-            (f"Path={config.path}", True),
-            (f"Domain={config.domain}", config.domain is not None),
-            (f"SameSite={config.same_site}", True),
+            (f"Path={attributes.path}", True),
+            (f"Domain={attributes.domain}", attributes.domain is not None),
+            (f"SameSite={attributes.same_site}", True),
             ("HttpOnly", http_only),
-            ("Secure", config.secure),
-            ("Partitioned", config.partitioned),
+            ("Secure", attributes.secure),
+            ("Partitioned", attributes.partitioned),
         )
         if wanted
     )

@@ -1,11 +1,15 @@
 """Flash messages: kept in the session until somebody shows them, once. Each has a key of its own, so that two requests
 that leave one at the same time lose none."""
 
+import logging
 import os
 from typing import Any, Final, NamedTuple
 
 from .codec import decode, encode
+from .errors import UndecodableValue
 from .working import WorkingCopy
+
+logger = logging.getLogger("shmsession")
 
 _RANDOM_BITS: Final = 32
 _FIRST: Final = 1 << _RANDOM_BITS
@@ -33,11 +37,20 @@ class Flashes(WorkingCopy):
         self.put((last + 1) << _RANDOM_BITS | int.from_bytes(os.urandom(_RANDOM_BITS // 8), "big"), raw)
 
     def flashes(self, category: str | None = None, *, keep: bool = False) -> list[Flash]:
-        """The messages, oldest first, all or those of a category; they are gone then, unless they are to be kept."""
+        """The messages, oldest first, all or those of a category; they are gone then, unless they are to be kept.
+
+        One of a type that is no longer registered is left out, and logged.
+        """
         self._look()
         found = []
         for key in sorted(self._keys()):
-            flash = Flash(*decode(self._data[key]))
+            try:
+                flash = Flash(*decode(self._data[key]))
+            except UndecodableValue as error:
+                logger.warning("a flash message is left out: %s", error)
+                if not keep:
+                    self.take(key)
+                continue
             if category in (None, flash.category):
                 found.append(flash)
                 if not keep:

@@ -13,6 +13,11 @@ UNAVAILABLE: Final[RawHeaders] = [
     RETRY_AFTER,
     (b"cache-control", b"no-store"),
 ]
+FAILED_BODY: Final = b"Internal Server Error\n"
+FAILED: Final[RawHeaders] = [
+    (b"content-type", b"text/plain; charset=utf-8"),
+    (b"content-length", b"%d" % len(FAILED_BODY)),
+]
 
 
 def with_session_headers(headers: RawHeaders, added: Sequence[tuple[bytes, bytes]], looked_at: bytes) -> RawHeaders:

@@ -5,7 +5,10 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import Protocol
+
+from .errors import ConfigError
 
 logger = logging.getLogger("shmsession")
 
@@ -128,10 +131,15 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Hooks:
-    """Counts every event by its kind and calls the application's hooks."""
+    """Counts every event by its kind and calls the application's hooks. Raises ConfigError for what cannot be called,
+    or would have to be awaited."""
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
         self._hooks = tuple(hooks)
+        given: Sequence[object] = self._hooks
+        for hook in given:
+            if not callable(hook) or iscoroutinefunction(hook) or iscoroutinefunction(type(hook).__call__):
+                raise ConfigError(f"hooks: {hook!r} must be an ordinary function, which is called with each event")
         self.counts: dict[str, int] = {}
 
     def emit(self, event: Event) -> None:

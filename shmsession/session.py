@@ -90,6 +90,7 @@ class Session(Flashes):
     choice: bool | None = None
     """What the visitor chose in this request; None: nothing, or it is known to be so."""
     _chosen: bool | None = None
+    _choice_is_committed = False
     _presented = _stale_cookie = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -361,6 +362,11 @@ class Session(Flashes):
         if self.port.mode is SessionMode.PERSISTENT:
             edits.storable = bool(storable)
         elif storable:
+            if self.headers_sent and not self.consent:
+                raise ResponseStarted(
+                    "the response has begun, so that the choice cannot be remembered: call set_store(True) before the "
+                    "first byte"
+                )
             edits.storable = self.choice = True
         else:
             self.destroy()
@@ -394,7 +400,7 @@ class Session(Flashes):
     def discard(self) -> None:
         """See WorkingCopy. That the visitor agreed is forgotten too, that they did not is done."""
         super().discard()
-        if self.choice:
+        if self.choice and not self._choice_is_committed:
             self.choice = None
 
     def committed(self, session_id: str, handle: bytes, record: Record, changes: Changes) -> None:
@@ -402,6 +408,7 @@ class Session(Flashes):
         self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self.secret
         self.secret, self.raw_handle = session_id, handle
         self._stale_cookie = self.drops_cookie = False
+        self._choice_is_committed = self.choice is True
         self.moved_to(record, changes)
 
     def told(self) -> None:

@@ -24,7 +24,7 @@ from .config import (
     warn_of_unknown_variables,
 )
 from .errors import ConfigError, StoreError
-from .finding import NO_ORIGIN, Credential, Finder
+from .finding import Credential, Finder
 from .flusher import Flusher
 from .hooks import Hook, Hooks
 from .id_filter import IdFilter
@@ -262,7 +262,7 @@ class SessionStore(Finder):
         """
         session = Session(self, NOBODY)
         if session_id is not None and is_id(session_id):
-            session.start(self._find(Ticket(session_id, handle_of(session_id), NEVER), self.clock.now(), NO_ORIGIN))
+            session.start(self._find(Ticket(session_id, handle_of(session_id), NEVER), self.clock.now(), (None, True)))
         return session
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:

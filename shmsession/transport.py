@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from . import cookies
 from .client import Binding
 from .config import CookieMode, OldCookie, SessionConfig, SessionMode
+from .cookie_rules import Attributes
 from .headers import RawHeaders
 from .keyring import Keyring
 from .tokens import LONGEST, Form, Ticket, form_of
@@ -61,9 +62,10 @@ class Transport:
         self._binding = Binding(config, config.bind_to)
         self._form = self._form_of(config.cookie_mode, self.name)
         self._header_form = self._form_of(config.cookie_mode, config.header_name.lower(), b"header ")
-        self._cookie = cookies.Writer(config, self.name)
+        attributes = config.attributes
+        self._cookie = cookies.Writer(self.name, attributes, http_only=config.http_only)
         self._consent_needle = config.effective_storable_cookie_name.encode() + b"="
-        self._consent = cookies.Writer(config, config.effective_storable_cookie_name, readable=True)
+        self._consent = cookies.Writer(config.effective_storable_cookie_name, attributes, http_only=False)
         self._max_age, self._ends_with_browser = config.max_age, config.browser_session
         self._by_header = _Accepted(b"", lru_cache(OPENED)(self._header_form.open), self._binding)
         self._now = _Accepted(self.name.encode() + b"=", lru_cache(OPENED)(self._form.open), self._binding)
@@ -71,9 +73,9 @@ class Transport:
         accepted = [self._now, *(self._accepts(config, old) for old in config.old_cookies)]
         self._accepted = [one for _, one in sorted(zip(modes, accepted, strict=True), key=self._rank)]
         self._old = {
-            one.needle: cookies.Writer(config, one.needle[:-1].decode())
-            for one in accepted
-            if one.needle != self._now.needle
+            old.name.encode() + b"=": _removers(old, old.name, attributes)
+            for old in config.old_cookies
+            if old.name not in (None, self.name)
         }
         self.is_plain = CookieMode.PLAIN in modes
         """Whether anybody can make up a token that is well formed."""
@@ -83,7 +85,11 @@ class Transport:
             and not (config.bind_to or config.old_cookies)
         )
         """Whether a Cookie header is all that a request can carry."""
-        self.vary = b", ".join([b"Cookie"] * self._by_cookie + [config.header_name.encode()] * bool(self._header))
+        vary = ["Cookie"] if self._by_cookie else []
+        if self._header:
+            asked = config.mode is not SessionMode.PERSISTENT
+            vary += [config.header_name, *([f"{config.header_name}-Storable"] if asked else [])]
+        self.vary = ", ".join(vary).encode()
 
     def _form_of(self, mode: CookieMode, name: str, kind: bytes = b"cookie ") -> Form:
         return form_of(mode, self._keyring, kind.decode() + name, self._fresh_for)
@@ -167,13 +173,13 @@ class Transport:
             token = self._header_form.write(session_id, now, self._client(self._by_header, presented))
             return [(self._header, token.encode())]
         max_age = None if self._ends_with_browser and not longterm else self._max_age
-        return [_set(self._cookie.issue(self.value(session_id, now, presented), max_age)), *self._old_ones(presented)]
+        return [_set(self._cookie.issue(self.value(session_id, now, presented), max_age)), *self.expire_old(presented)]
 
     def expire(self, presented: Presented) -> RawHeaders:
         """The response headers that take the session away."""
         if self._answers_by_header(presented):
             return [(self._header, b"")]
-        return [_set(self._cookie.expire()), *self._old_ones(presented)]
+        return [_set(self._cookie.expire()), *self.expire_old(presented)]
 
     def choose(self, consent: bool, presented: Presented) -> RawHeaders:
         """The response headers that tell the client what it chose."""
@@ -185,13 +191,21 @@ class Transport:
     def _answers_by_header(self, presented: Presented) -> bool:
         return bool(self._header) and (presented.header is not None or not self._by_cookie)
 
-    def _old_ones(self, presented: Presented) -> RawHeaders:
-        """Cookies of old names are taken away."""
+    def expire_old(self, presented: Presented) -> RawHeaders:
+        """The response headers that take cookies of old names away."""
         return [
-            _set(writer.expire())
-            for needle, writer in self._old.items()
+            _set(remover)
+            for needle, removers in self._old.items()
             if cookies.find(presented.cookie, needle) is not None
+            for remover in removers
         ]
+
+
+def _removers(old: OldCookie, name: str, attributes: Attributes) -> list[str]:
+    """Set-Cookie values that take a cookie of an old name away, wherever it may have been set."""
+    before = attributes._replace(domain=old.domain, path=old.path)
+    fitting = dict.fromkeys(one.fitting(name) for one in (attributes, before))
+    return [cookies.Writer(name, one, http_only=True).expire() for one in fitting]
 
 
 def _set(cookie: str) -> tuple[bytes, bytes]:

@@ -138,8 +138,9 @@ class WorkingCopy(MutableMapping[str, Any]):
             grows_by = _framed(raw) - _framed(old)
         size = edits.size + grows_by
         if grows_by > 0 and size + _MAP_HEADER > self.max_size:
+            what = f"session[{key!r}]" if isinstance(key, str) else "this"
             raise SessionTooLarge(
-                f"session[{key!r}] would make the session {size} bytes, max_size is {self.max_size}: "
+                f"{what} would make the session {size} bytes, max_size is {self.max_size}: "
                 "store less in it, or raise SessionConfig(max_size=)"
             )
         edits.size = size

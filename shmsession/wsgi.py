@@ -1,12 +1,21 @@
 """Sessions for WSGI applications: Flask, Django, Pyramid, Bottle, or none of them."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from .errors import StoreError
-from .headers import RETRY_AFTER, UNAVAILABLE, UNAVAILABLE_BODY, as_text, with_session_headers
+from .headers import (
+    FAILED,
+    FAILED_BODY,
+    RETRY_AFTER,
+    UNAVAILABLE,
+    UNAVAILABLE_BODY,
+    as_text,
+    with_session_headers,
+)
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
@@ -39,10 +48,13 @@ class SessionMiddleware:
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         if not path.isascii():
             path = path.encode("latin-1", "replace").decode("utf-8", "replace")
-        held = environ.get(ENVIRON_KEY)
-        if (held is not None and held.port is self.store) or (self._skip is not None and self._skip(path)):
+        if self._skip is not None and self._skip(path):
             return self.app(environ, start_response)
         readonly = self._readonly is not None and self._readonly(path)
+        held = environ.get(ENVIRON_KEY)
+        if held is not None and held.port is self.store:  # a middleware further out has it in hand
+            held.readonly = held.readonly or readonly
+            return self.app(environ, start_response)
         credential: Any = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
         if not self.store.transport.is_simple:
             credential = partial(
@@ -50,7 +62,7 @@ class SessionMiddleware:
             )
         session = self.store.request_session(credential, readonly=readonly)
         environ[ENVIRON_KEY] = session
-        response = _Response(self.store, session, start_response, environ.get("wsgi.url_scheme", "http"))
+        response = _Response(self.store, session, start_response, environ)
         try:
             body = self.app(environ, response.start)
         except StoreError as error:
@@ -68,11 +80,13 @@ class SessionMiddleware:
 class _Response:
     """One response: holds the status and headers back until the first byte, then commits and lets them go."""
 
-    def __init__(self, store: SessionStore, session: Session, start_response: StartResponse, scheme: str) -> None:
+    def __init__(
+        self, store: SessionStore, session: Session, start_response: StartResponse, environ: Environ
+    ) -> None:  # fmt: skip
         self._store = store
         self._session = session
         self._start_response = start_response
-        self._scheme = scheme
+        self._environ = environ
         self._started: tuple[str, Headers, Any] | None = None
         self._server_write: Write | None = None
         self._body: Iterable[bytes] = ()
@@ -107,7 +121,7 @@ class _Response:
         if outcome.through:
             self._store.sync.wait(outcome.through)
         if outcome.set_cookie is not None:
-            self._store.note_scheme(self._scheme)
+            self._store.note_scheme(self._environ.get("wsgi.url_scheme", "http"))
         if self._session.unavailable and status[:3] == "500":
             status, headers = "503 Service Unavailable", [*headers, *as_text([RETRY_AFTER])]
         self._session.headers_sent = True
@@ -124,6 +138,7 @@ class _Response:
             return self.unavailable(error)
         except Exception:  # whatever the application raised goes on to the server
             _close(body)
+            self.fail()
             raise
         return body
 
@@ -164,8 +179,16 @@ class _Response:
             self._store.sync.wait(outcome.through)
 
     def fail(self) -> None:
-        """An exception on its way to the server drops the changes, unless they are to be kept."""
+        """An exception on its way to the server drops the changes, unless they are to be kept.
+
+        That the visitor withdrew their consent must arrive: then the error page is ours.
+        """
+        withdrawn = self._store.withdrawn(self._session)
         self._store.commit_failed(self._session)
+        if withdrawn:
+            headers = with_session_headers(FAILED, withdrawn, self._store.transport.vary)
+            self._server_write = self._start_response("500 Internal Server Error", as_text(headers), sys.exc_info())
+            self._server_write(self._body_of(FAILED_BODY))
 
     def unavailable(self, error: StoreError) -> Iterable[bytes]:
         """503, before any header has left."""
@@ -175,7 +198,11 @@ class _Response:
             self._session.discard()
             self._session.settle()
         self._server_write = self._start_response("503 Service Unavailable", as_text(UNAVAILABLE))
-        return [UNAVAILABLE_BODY]
+        return [self._body_of(UNAVAILABLE_BODY)]
+
+    def _body_of(self, page: bytes) -> bytes:
+        """What of our own page may follow the headers: no body answers HEAD, and not every server sees to it."""
+        return b"" if self._environ.get("REQUEST_METHOD") == "HEAD" else page
 
 
 def _cookie_header(header: str) -> bytes:

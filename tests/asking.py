@@ -6,9 +6,14 @@ from http.cookies import SimpleCookie
 from typing import Any, Final, NamedTuple
 
 from shmsession import Session, SessionStore, asgi, wsgi
+from shmsession.transport import Presented
 
 PROTOCOLS: Final = ("asgi", "wsgi")
 Action = Callable[[Session], Any]
+
+
+class Broken(Exception):
+    """What a broken application raises: the server answers then with 500, unless headers have left."""
 
 
 class Answer(NamedTuple):
@@ -60,6 +65,11 @@ class Visitor:
         found: dict[str, Any] = self.ask(lambda session: session.to_dict()).result
         return found
 
+    def presented(self) -> Presented:
+        """What its request presents, for a session without a request."""
+        headers = {name.lower().encode(): value.encode() for name, value in self.headers().items()}
+        return self.store.transport.presented(lambda name: headers.get(name), self.peer)
+
     def headers(self) -> dict[str, str]:
         """What its request carries."""
         headers = {"User-Agent": self.agent, **self.more}
@@ -89,7 +99,11 @@ def _over_asgi(visitor: Visitor, action: Action, status: int) -> Answer:
 
     headers = [(name.lower().encode(), value.encode()) for name, value in visitor.headers().items()]
     scope = {"type": "http", "path": "/", "headers": headers, "client": (visitor.peer, 4711)}
-    asyncio.run(asgi.SessionMiddleware(app, visitor.store)(scope, receive, send))
+    try:
+        asyncio.run(asgi.SessionMiddleware(app, visitor.store)(scope, receive, send))
+    except Broken:
+        if not sent:
+            return Answer(500, [], None)
     raw = [(name.decode().lower(), value.decode()) for name, value in sent[0]["headers"]]
     return Answer(sent[0]["status"], raw, results[0] if results else None)
 
@@ -109,11 +123,15 @@ def _over_wsgi(visitor: Visitor, action: Action, status: int) -> Answer:
 
     environ: wsgi.Environ = {"PATH_INFO": "/", "REMOTE_ADDR": visitor.peer}
     environ |= {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in visitor.headers().items()}
-    body = wsgi.SessionMiddleware(app, visitor.store)(environ, start_response)
-    list(body)
-    close = getattr(body, "close", None)
-    if close is not None:
-        close()
+    try:
+        body = wsgi.SessionMiddleware(app, visitor.store)(environ, start_response)
+        list(body)
+        close = getattr(body, "close", None)
+        if close is not None:
+            close()
+    except Broken:
+        if not started:
+            return Answer(500, [], None)
     line, headers = started[0]
     raw = [(name.lower(), value) for name, value in headers]
     return Answer(int(line.split(" ")[0]), raw, results[0] if results else None)

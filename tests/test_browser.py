@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product, zip_longest
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 
 import pytest
 from playwright.async_api import BrowserContext, Page
@@ -20,6 +19,7 @@ from starlette.routing import Route
 
 from shmsession import Key, Session, SessionConfig, SessionStore
 from shmsession.asgi import Receive, Scope, Send, SessionMiddleware
+from shmsession.cookie_rules import Attributes
 from shmsession.cookies import Writer
 from shmsession.errors import ConfigError
 from shmsession.testing import make_store
@@ -62,9 +62,9 @@ def is_refused(settings: Settings) -> bool:
 
 def line_of(settings: Settings, value: str) -> bytes:
     """The Set-Cookie that these settings would give if they were not refused."""
-    config = cast("SessionConfig", SimpleNamespace(**settings))
     name = settings["cookie_name"] or ("__Host-session" if settings["secure"] else "session")
-    return Writer(config, name).issue(value, None).encode()
+    attributes = Attributes(**{field: settings[field] for field in Attributes._fields})
+    return Writer(name, attributes, http_only=settings["http_only"]).issue(value, None).encode()
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])

@@ -47,7 +47,8 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
     "behind", "clock", "commit", "commit_failed", "hooks", "issued", "keyring", "kill", "max_size", "mode", "new_id",
-    "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "writes_through", "wrote",
+    "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "withdrawn",
+    "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
     "assign", "assigned", "begin_anew", "choice", "committed", "discard", "drops_cookie", "edit", "edits",

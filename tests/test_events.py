@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
+from shmsession.errors import ConfigError
 from shmsession.hooks import (
     BackendForgot,
     CommitDropped,
@@ -74,6 +75,23 @@ def test_a_hook_that_asks_to_stop_the_process_is_heard() -> None:
 
     with pytest.raises(SystemExit):
         Hooks([stop]).emit(Evicted(1))
+
+
+async def coroutine(event: Event) -> None:
+    """A hook that somebody would have to await."""
+
+
+class Awaitable:
+    """Another."""
+
+    async def __call__(self, event: Event) -> None:
+        await coroutine(event)
+
+
+@pytest.mark.parametrize("hook", [coroutine, Awaitable(), "print", None], ids=["async", "object", "str", "None"])
+def test_a_hook_that_would_never_run_is_an_error_at_construction(hook: Any) -> None:
+    with pytest.raises(ConfigError, match="an ordinary function"):
+        Hooks([hook])
 
 
 def test_without_hooks_events_are_counted_all_the_same() -> None:

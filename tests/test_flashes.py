@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from shmsession import Session, SessionStore
+from shmsession import Session, SessionStore, codec, register_type
 from shmsession.errors import ReadOnlySession, SessionTooLarge, UnsupportedValue
 from shmsession.flashes import Flash
 from shmsession.testing import make_store
 from tests.asking import PROTOCOLS, Visitor
+
+
+class Notice:
+    """A type of an application."""
 
 
 @pytest.fixture
@@ -49,6 +53,27 @@ def test_a_category_can_be_shown_by_itself_and_all_be_looked_at(visitor: Visitor
     assert visitor.ask(lambda session: session.flashes("a")).result == [(1, "a")]
     assert visitor.ask(lambda session: session.flashes(keep=True)).result == [(0, "b"), (2, "b")]
     assert visitor.ask(lambda session: len(session.flashes())).result == 2
+
+
+def test_a_message_of_a_type_that_is_gone_hides_no_other(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A release has renamed it: the page must not fail until the session ends."""
+    with monkeypatch.context() as before:
+        before.setattr("shmsession.codec._by_class", dict(codec._by_class))
+        before.setattr("shmsession.codec._by_name", dict(codec._by_name))
+        register_type(Notice, name="notice", encode=vars, decode=lambda _: Notice())
+
+        def leave(session: Session) -> None:
+            session.flash(Notice())
+            session.flash("welcome")
+
+        visitor.ask(leave)
+    assert visitor.ask(lambda session: session.flashes(keep=True)).result == [("welcome", "info")]
+    assert visitor.ask(lambda session: session.flashes()).result == [("welcome", "info")]
+    assert len([text for text in caplog.messages if "'notice'" in text]) == 2
+    assert visitor.ask(lambda session: session.flashes()).result == []
+    assert len([text for text in caplog.messages if "'notice'" in text]) == 2, "it is gone as well"
 
 
 def test_they_are_no_keys_of_the_application(visitor: Visitor) -> None:

@@ -107,7 +107,7 @@ def test_only_its_user_may_enter_and_all_bytes_are_there_from_the_start(base: Pa
     assert data.st_size == 1 << 20
     assert data.st_blocks * 512 >= data.st_size
     assert sorted(path.name for path in (base / "test").iterdir()) == ["attached", "counters", "lmdb"]
-    for name, length in (("attached", 40), ("counters", 1 << 16)):
+    for name, length in (("attached", 48), ("counters", 1 << 16)):
         mapped = (base / "test" / name).stat()
         assert mapped.st_size == length
         assert mapped.st_blocks * 512 >= length, "a write to a mapped file that lacks bytes ends the process"

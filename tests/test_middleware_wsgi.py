@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from wsgiref.headers import Headers
 from wsgiref.util import FileWrapper, setup_testing_defaults
@@ -10,7 +11,7 @@ from wsgiref.validate import validator
 import flask
 import pytest
 
-from shmsession import Session, SessionStore
+from shmsession import Session, SessionMode, SessionStore
 from shmsession.errors import NoSessionError, ReadOnlySession, ResponseStarted, SessionTooLarge, StoreFull
 from shmsession.testing import login_cookie, make_store
 from shmsession.wsgi import App, Environ, SessionMiddleware, StartResponse
@@ -503,6 +504,23 @@ def test_a_full_store_answers_503_before_any_header_of_the_application(
     unavailable(exchange(shm_store, app))
 
 
+def test_a_page_of_our_own_has_no_body_for_head(place: Path) -> None:
+    """A server that sends one all the same would put it before the answer to the connection's next request."""
+    with make_store(place, mode=SessionMode.OPT_IN) as store:
+
+        def withdraw(session: Session) -> None:
+            session.set_store(False)
+            raise ValueError
+
+        full(store)
+        for app, status in ((application(put(a="x" * 20_000)), "503"), (application(withdraw), "500")):
+            for method in ("GET", "HEAD"):
+                consent = "session-storable=true" if status == "503" else ""
+                result = exchange(store, app, consent, environ={"REQUEST_METHOD": method}, validate=False)
+                assert (result.status[:3], bool(result.body)) == (status, method == "GET")
+                assert int(result.headers["content-length"] or 0) > 0
+
+
 def test_a_store_error_in_the_application_or_its_generator_answers_503(shm_store: SessionStore) -> None:
     full(shm_store)
 
@@ -552,6 +570,14 @@ def test_paths_can_be_skipped_or_read_only(
     assert result.body == says
     assert shm_store.count() == (says == b"session")
     assert ("vary" in result.headers) is (says != b"none")
+
+
+def test_an_inner_middleware_makes_its_own_paths_read_only(shm_store: SessionStore) -> None:
+    """One around a part of the application, with the store of the one around the whole."""
+    inner = SessionMiddleware(whole_environ, shm_store, readonly="/api")
+    for path, says in (("/api", b"readonly"), ("/", b"session")):
+        result = exchange(shm_store, inner, environ={"SCRIPT_NAME": "", "PATH_INFO": path})
+        assert (result.body, result.error) == (says, None)
 
 
 # ── Flask ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from shmsession import Session, SessionMode, SessionStore
 from shmsession.errors import NotCreated, ResponseStarted
 from shmsession.hooks import Created, Destroyed, Event, Expired, Renewed
 from shmsession.testing import ManualClock, make_store
-from tests.asking import PROTOCOLS, Visitor
+from tests.asking import PROTOCOLS, Broken, Visitor
 
 MARK = "the visitor's own words"
 
@@ -178,6 +178,76 @@ def test_consent_that_a_failed_request_gave_is_not_given(come: Come) -> None:
     visitor.ask(agree, status=500)
     assert has_nothing(visitor)
     assert consent_of(visitor) is None
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("mode", [SessionMode.OPT_IN, SessionMode.MANUAL])
+def test_consent_that_was_saved_is_kept_with_its_session_whatever_the_answer(
+    come: Come, mode: SessionMode, status: int
+) -> None:
+    """The next request finds both or neither."""
+    visitor = come(mode)
+
+    def agree(session: Session) -> None:
+        session.create()
+        session.set_store(True)
+        session["v"] = MARK
+        session.save()
+
+    visitor.ask(agree, status)
+    assert (consent_of(visitor), visitor.data()) == ("true", {"v": MARK})
+
+
+def test_consent_that_is_withdrawn_stays_so_though_the_application_breaks_afterwards(come: Come) -> None:
+    """The error page, which servers make of an exception, is then one that says so to the browser."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def agree(session: Session) -> None:
+        session.set_store(True)
+        session["v"] = MARK
+
+    def withdraw(session: Session) -> None:
+        session.set_store(False)
+        raise Broken
+
+    def breaks(session: Session) -> None:
+        session["more"] = 1
+        raise Broken
+
+    visitor.ask(agree)
+    assert visitor.ask(breaks).headers == [], "whatever else it did, the page is the server's own"
+    assert visitor.data() == {"v": MARK}
+    answer = visitor.ask(withdraw)
+    assert (answer.status, answer.header("cache-control"), answer.header("content-length")) == (500, "no-store", "22")
+    assert has_nothing(visitor)
+    assert consent_of(visitor) == "false"
+    visitor.ask(put)
+    assert visitor.store.count() == 0
+
+
+def test_what_a_withdrawal_missed_ends_at_the_visitors_next_request(come: Come) -> None:
+    """A login in another tab gives the session a new id between a request's look and its "no"."""
+    visitor = come(SessionMode.OPT_IN)
+
+    def agree(session: Session) -> None:
+        session.set_store(True)
+        session["v"] = MARK
+
+    visitor.ask(agree)
+    other = Visitor(visitor.store, visitor.protocol, header=visitor.name)
+    other.cookies, other.token, other.consent = dict(visitor.cookies), visitor.token, visitor.consent
+    origin = visitor.store.request_session(visitor.presented)
+    assert origin["v"] == MARK
+    other.ask(lambda session: session.renew(user_id="ada"))
+    origin.set_store(False)
+    visitor.store.commit(origin)
+    assert visitor.store.count() == 1
+    visitor.token = other.token
+    visitor.cookies = {**other.cookies, **({} if visitor.name else {"session-storable": "false"})}
+    visitor.consent = "false"
+    assert visitor.data() == {}
+    assert visitor.store.count() == 0
+    assert has_nothing(visitor)
 
 
 def test_who_declines_is_not_asked_again(come: Come) -> None:
@@ -353,6 +423,10 @@ def test_a_script_needs_no_consent_of_anybody(place: Path) -> None:
         session["v"] = 1
         session.save()
         assert store.session(session.id)["v"] == 1
+        other = store.session("x" * 43)
+        other["v"] = 2
+        other.save()
+        assert store.session(other.id)["v"] == 2
 
 
 def test_a_choice_that_comes_too_late_to_be_remembered_is_an_error_and_erases_all_the_same(place: Path) -> None:
@@ -372,6 +446,15 @@ def test_a_choice_that_comes_too_late_to_be_remembered_is_an_error_and_erases_al
         with pytest.raises(ResponseStarted, match="erased"):
             session.set_store(False)
         assert store.count() == 0
+        late = store.request_session(lambda: b"")
+        assert late.to_dict() == {}
+        late.headers_sent = True
+        with pytest.raises(ResponseStarted, match="before the first byte"):
+            late.set_store(True)
+        known = store.request_session(lambda: b"session-storable=true")
+        assert known.to_dict() == {}
+        known.headers_sent = True
+        known.set_store(True)
 
 
 def test_hooks_hear_of_sessions_that_begin_and_end(place: Path) -> None:

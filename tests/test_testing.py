@@ -56,6 +56,17 @@ def test_a_flask_client_is_logged_in_by_one_line(shm_store: SessionStore) -> Non
     assert client.get("/").json == {"user": "ada", "who": "ada"}
 
 
+@pytest.mark.parametrize("bind_to", [("ip",), ("user_agent",), ("ip", "user_agent")])
+def test_a_login_cookie_is_bound_to_the_client_that_is_named(place: Path, bind_to: tuple[str, ...]) -> None:
+    with make_store(place, bind_to=bind_to) as store:
+        client = starlette_client(store)
+        client.cookies.update(login_cookie(store, user_id=7))
+        assert client.get("/").json() == {"who": None}
+        client.cookies.clear()
+        client.cookies.update(login_cookie(store, user_id=7, address="testclient", user_agent="testclient"))
+        assert client.get("/").json() == {"who": 7}
+
+
 def test_a_login_cookie_without_data_or_user_is_an_empty_session(shm_store: SessionStore) -> None:
     (cookie,) = login_cookie(shm_store).items()
     session = shm_store.request_session("=".join(cookie).encode)

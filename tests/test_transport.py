@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shmsession import CookieMode, Key, OldCookie, Session, SessionMode, SessionStore
-from shmsession.errors import ConfigError, StoreError
+from shmsession.errors import ConfigError, ResponseStarted, StoreError
 from shmsession.hooks import CookieRefused
 from shmsession.testing import ManualClock, make_store
 from tests.asking import PROTOCOLS, Visitor
@@ -108,6 +108,25 @@ def test_an_id_generator_that_repeats_itself_or_gives_no_ids_is_an_error(make: M
             again.save()
     assert store.session("c" * 20)["v"] == 1
 
+    def exhausted() -> str:
+        raise OSError("no more numbers")
+
+    with pytest.raises(ConfigError, match="id_generator fails with OSError: no more numbers"):
+        make(id_generator=exhausted)
+
+
+def test_nobody_is_moved_into_the_session_of_another(make: Make, protocol: str) -> None:
+    """When an id_generator gives an id twice, and the second is asked for at a login."""
+    ids = iter(["1" * 20, "2" * 20, "a" * 20, "b" * 20, "a" * 20, "c" * 20])
+    store = make(id_generator=lambda: next(ids))
+    ada, bob = Visitor(store, protocol), Visitor(store, protocol)
+    ada.ask(put(words="ada's"))
+    bob.ask(put(words="bob's"))
+    assert bob.ask(lambda session: session.renew(user_id="bob")).status == 503
+    assert (ada.data(), bob.data()) == ({"words": "ada's"}, {"words": "bob's"})
+    bob.ask(lambda session: session.renew(user_id="bob"))
+    assert bob.ask(lambda session: (session.user_id, session["words"])).result == ("bob", "bob's")
+
 
 # ── the header ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -160,10 +179,32 @@ def test_with_both_transports_each_request_is_answered_as_it_came(make: Make, pr
     assert client.data() == {"b": 2}, "who names a session in the header means that one"
 
 
-@pytest.mark.parametrize("name", ["", "X Session", "X-Session:", "é", "x" * 65])
+@pytest.mark.parametrize("name", ["", "X Session", "X-Session:", "X_Session", "é", "x" * 65])
 def test_a_header_name_is_a_token(name: str, make: Make) -> None:
-    with pytest.raises(ConfigError, match="header_name"):
+    """Without underscores: many proxies drop such a header, and CGI's names do not tell them from dashes."""
+    with pytest.raises(ConfigError, match="letters, digits and dashes"):
         make(transport="header", header_name=name)
+
+
+@pytest.mark.parametrize("name", ["Cookie", "set-cookie", "Content-Type", "X-Forwarded-For", "VARY", "If-Match"])
+def test_a_header_that_means_something_else_carries_no_session(name: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match="another meaning"):
+        make(transport="header", header_name=name)
+    make(transport="cookie", header_name=name)
+
+
+def test_vary_names_every_header_that_the_answer_depends_on(make: Make, protocol: str) -> None:
+    """Also the one that says what the visitor chose, where one is asked."""
+    expected = {
+        (SessionMode.PERSISTENT, "header"): "X-Session",
+        (SessionMode.OPT_IN, "cookie"): "Cookie",
+        (SessionMode.OPT_IN, "header"): "X-Session, X-Session-Storable",
+        (SessionMode.MANUAL, "both"): "Cookie, X-Session, X-Session-Storable",
+    }
+    for (mode, transport), vary in expected.items():
+        header = None if transport == "cookie" else "X-Session"
+        visitor = Visitor(make(mode=mode, transport=transport), protocol, header=header)
+        assert visitor.ask(lambda session: session.consent).header("vary") == vary
 
 
 # ── binding ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,6 +311,52 @@ def test_logging_out_takes_the_old_cookie_away_as_well(make: Make, protocol: str
     assert visitor.cookies == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "now", "removals"),
+    [
+        ("sid", {"domain": "example.com"}, {}, ["Path=/", "Path=/; Domain=example.com"]),
+        ("sid", {"path": "/shop"}, {"domain": "example.com"}, ["Path=/; Domain=example.com", "Path=/shop"]),
+        ("sid", {}, {}, ["Path=/"]),
+        ("__Host-session", {}, {"domain": "example.com", "path": "/shop"}, ["Path=/"]),
+    ],
+)
+def test_a_cookie_of_an_old_name_is_taken_away_as_it_was_set(
+    make: Make, name: str, old: dict[str, Any], now: dict[str, Any], removals: list[str]
+) -> None:
+    """Browsers keep a cookie of another domain or path apart, and drop what a prefix of its name forbids."""
+    visitor = Visitor(make(cookie_name=name, secure=name.startswith("__")))
+    visitor.ask(put(a=1))
+    visitor.store = make(cookie_name="shop", old_cookies=(OldCookie(name=name, **old),), **now)
+    lines = [line for line in visitor.ask(put(b=2)).all("set-cookie") if line.startswith(f"{name}=")]
+    end = "; SameSite=Lax; HttpOnly" + ("; Secure" if name.startswith("__") else "")
+    assert lines == [f"{name}=; Max-Age=0; {one}{end}" for one in removals]
+
+
+def test_a_cookie_of_an_old_name_goes_though_its_session_is_gone(make: Make, protocol: str) -> None:
+    """Or else it would keep its visitor from a session of today's name, when nobody knows any more that it ended."""
+    visitor = Visitor(make(cookie_name="sid"), protocol)
+    visitor.ask(put(a=1))
+    before = dict(visitor.cookies)
+    visitor.store = store = make(old_cookies=(OldCookie(name="sid"),))
+    visitor.ask(lambda session: session.destroy())
+    visitor.cookies = before
+    assert visitor.ask(put(late=1)).all("set-cookie") != []
+    assert visitor.cookies == {}
+    assert store.count() == 0
+    visitor.ask(put(b=2))
+    assert visitor.data() == {"b": 2}
+
+
+def test_old_cookies_need_cookies_and_names_of_their_own(make: Make) -> None:
+    with pytest.raises(ConfigError, match="set transport='both'"):
+        make(transport="header", old_cookies=(OldCookie(name="sid"),))
+    with pytest.raises(ConfigError, match="another name"):
+        make(storable_cookie_name="sid", old_cookies=(OldCookie(name="sid"),))
+    for wrong in ({"domain": 1}, {"path": None}, {"path": "shop"}, {"domain": "a b"}):
+        with pytest.raises(ConfigError):
+            OldCookie(name="sid", **wrong)
+
+
 @pytest.mark.parametrize("after", CookieMode)
 @pytest.mark.parametrize("before", CookieMode)
 def test_an_old_cookie_that_cannot_be_taken_away_is_never_preferred_to_the_new_one(
@@ -322,6 +409,27 @@ def test_a_cookie_can_end_with_the_browser_unless_the_session_is_long_term(make:
 
     (both,) = visitor.ask(remember).all("set-cookie")
     assert "; Max-Age=34560000;" in both
+
+
+def test_a_session_becomes_long_term_only_where_its_cookie_can(make: Make) -> None:
+    """After the headers of a stream, or on an open websocket, the browser would drop it with its window."""
+    store = make(browser_session=True)
+    visitor = Visitor(store)
+    visitor.ask(put(a=1))
+    session = store.request_session(visitor.presented)
+    assert session["a"] == 1
+    session.headers_sent = True
+    session.set_longterm(True)
+    with pytest.raises(ResponseStarted):
+        store.commit(session)
+    assert visitor.ask(lambda session: session.longterm).result is False
+    aging = make(browser_session=False)
+    session = aging.request_session(visitor.presented)
+    assert session["a"] == 1
+    session.headers_sent = True
+    session.set_longterm(True)
+    aging.commit(session)
+    assert visitor.ask(lambda session: session.longterm).result is True, "its cookie has an age anyway"
 
 
 def test_a_plain_cookie_is_issued_again_before_browsers_drop_it(make: Make, protocol: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
-from shmsession.errors import StoreFull, Unreadable
+from shmsession.errors import StoreError, StoreFull, Unreadable
 from shmsession.hooks import Event, Evicted, Expired, Hooks, Quarantined, RecordCorrupt
 from shmsession.keyring import Keyring
 from shmsession.record import (
@@ -69,6 +69,9 @@ class Conflict(NamedTuple):
     """An expected value was another one; here is the record as it is. Nothing was written."""
 
     record: Record
+
+
+ID_IN_USE: Final = "a session got a new id that is in use: see that id_generator never gives one twice"
 
 
 class MemoryStore:
@@ -236,7 +239,7 @@ class MemoryStore:
         """Move the session to a new handle, merged as it is now; the old one becomes a tombstone that says so.
 
         `user` is the encoded user id the session has from now on, None for none. With `login` the absolute deadline
-        begins anew. Raises StoreFull, Unreadable.
+        begins anew. Raises StoreFull, Unreadable, and StoreError when `new` is in use.
         """
         boot = self._clock.boot()
         prepared = None
@@ -259,6 +262,8 @@ class MemoryStore:
                     return now_stored
                 found, epoch = now_stored, self.environment.epoch
                 record = self._drafts.moved(new, found, changes, now, boot, epoch, user, login=login)
+            if txn.get(new, db=tables.records) is not None:
+                raise StoreError(ID_IN_USE)
             crowd = self._writer.admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
             successor = b"" if login else new
             self._writer.bury(txn, tables, old, found.header, found.place, now, boot, renewed=True, successor=successor)

@@ -16,6 +16,7 @@ import pytest
 from shmsession.config import SessionConfig
 from shmsession.keyring import Key
 from shmsession.store import SessionStore
+from shmsession.transport import Presented
 
 from .contract import BackendContract as BackendContract
 
@@ -73,11 +74,15 @@ def shm_store() -> Iterator[SessionStore]:
         shutil.rmtree(directory)
 
 
-def login_cookie(store: SessionStore, data: Mapping[str, Any] | None = None, *, user_id: Any = None) -> dict[str, str]:
+def login_cookie(
+    store: SessionStore, data: Mapping[str, Any] | None = None, *, user_id: Any = None, address: str = "",
+    user_agent: str = "",
+) -> dict[str, str]:  # fmt: skip
     """A stored session with `data`, logged in as `user_id` when given, as {cookie name: cookie value}.
 
     `client.cookies.update(login_cookie(store, {"user": "ada"}, user_id="ada"))` does it for Starlette's TestClient;
-    for Flask's client: `client.set_cookie(name, value)`.
+    for Flask's client: `client.set_cookie(name, value)`. Where cookies are bound to clients, say which: both are
+    "testclient" for Starlette's.
     """
     session = store.session()
     session.create()
@@ -86,4 +91,5 @@ def login_cookie(store: SessionStore, data: Mapping[str, Any] | None = None, *, 
         session.renew(user_id=user_id)
     session.save()
     assert session.secret is not None
-    return {store.transport.name: store.transport.value(session.secret, store.clock.now())}
+    client = Presented(peer=address, agent=user_agent.encode())
+    return {store.transport.name: store.transport.value(session.secret, store.clock.now(), client)}
