@@ -30,6 +30,8 @@ AFTER: Final = "after"
 """The call raises, and all of it happened."""
 HALF: Final = "half"
 """A write raises when half of its rows are stored."""
+REST: Final = "rest"
+"""The same with all rows but the first: the order in a batch promises nothing."""
 FEWER: Final = "fewer"
 """A write stores all and answers for half of it: a broken backend."""
 
@@ -144,9 +146,10 @@ class MemoryBackend:
     def snapshot(self) -> dict[bytes, Row]:
         return dict(self.rows)
 
-    def restore(self, snapshot: dict[bytes, Row]) -> None:
+    def restore(self, snapshot: dict[bytes, Row], *, restart: bool = False) -> None:
         """Be as it was then."""
         self.rows = dict(snapshot)
+        self._lives += restart
 
     def sessions(self) -> dict[bytes, Row]:
         """All rows but the sentinel."""
@@ -170,7 +173,7 @@ class MemoryBackend:
             raise self.error(name)
         result = work(how)
         await pause(f"{name}!" if self._labelled else None)
-        if how in (AFTER, HALF) or self._lives != lives:
+        if how in (AFTER, HALF, REST) or self._lives != lives:
             raise self.error(name)
         return result
 
@@ -196,7 +199,7 @@ class MemoryBackend:
 
         def work(how: str) -> list[Answer]:
             self.sent.append([row for row in rows if row.handle != SENTINEL])
-            stored = rows[: (len(rows) + 1) // 2] if how == HALF else rows
+            stored = rows[: (len(rows) + 1) // 2] if how == HALF else rows[how == REST :]
             answers = [self._put(row) for row in stored]
             return answers[: len(answers) // 2] if how == FEWER else answers
 
@@ -385,6 +388,7 @@ class Answered:
 
     def __init__(self, host: Host, handle: bytes, missed: int, row: Row | None) -> None:
         self._host, self._handle, self._missed, self.row = host, handle, missed, row
+        self._losses = host.memory.outbox.losses()
 
     def arrives(self) -> Record | Missing | None:
         """What the request that waited for it gets, as `Behind` does it."""
@@ -393,14 +397,18 @@ class Answered:
         header, data = self._host.rows.session_in(self.row)
         if self._host.clock.now() >= header.expires:
             return Missing.UNKNOWN
-        return self._host.memory.fill(self._handle, header, data, self._missed)
+        memory = self._host.memory
+        found = memory.fill(self._handle, header, data, self._missed)
+        if memory.outbox.losses() != self._losses:
+            memory.outbox.send_again(self._handle)
+        return found
 
 
 def differing(memory: MemoryStore, backend: MemoryBackend, rows: Rows, keyring: Keyring) -> list[str]:
-    """Every record in memory of which the backend has something else than it should."""
-    found, seal = [], RecordSeal(keyring)
-    for handle, raw in contents(memory).records.items():
-        record = seal.open(handle, raw)
+    """Every record in memory that does not wait, of which the backend has something else than it should."""
+    found, seal, stored = [], RecordSeal(keyring), contents(memory)
+    for handle in stored.records.keys() - set(stored.outbox.values()):
+        record = seal.open(handle, stored.records[handle])
         assert record is not None
         row, there = rows.row_of(Dirty(handle, record)), backend.rows.get(handle)
         if row.state is State.LIVE:
