@@ -822,6 +822,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.places: dict[bytes, int] = {}
         self.loaded: list[tuple[bytes, Record]] = []
         self.store.environment.open()
+        self.built = self.clock.boot()
         self.txn = transactions(self.store)
         self.fresh = 100
 
@@ -957,12 +958,14 @@ class AnyOrder(RuleBasedStateMachine):
         key, base = data.draw(st.sampled_from(self.loaded[-6:]))
         header = base.header._replace(version=max(0, base.header.version + newer))
         expected, known = self._expected(key), self.live.get(key)
-        forgotten = age <= 30_000 and self._is_forgotten(key)
-        answer = self.store.fill(key, header, base.data, self.clock.boot() - age)
+        missed = self.clock.boot() - age
+        is_too_old = age > 30_000 or missed < self.built < missed + 30_000
+        forgotten = not is_too_old and self._is_forgotten(key)
+        answer = self.store.fill(key, header, base.data, missed)
         if forgotten:
             self.dead.pop(key)
             self.successors.pop(key, None)
-        if age > 30_000:
+        if is_too_old:
             assert answer is None
         elif key in self.dead or self._expired(key):
             assert answer is expected

@@ -201,7 +201,8 @@ class Visitor:
             assert token != before.get("session")
         else:
             assert token == (None if step.cookie is None else ""), (step, answer)
-        looked_at = OWN["session"] if self.by_header else "Cookie"
+        of_header = OWN.values() if self.row.mode is not SessionMode.PERSISTENT else [OWN["session"]]
+        looked_at = ", ".join(of_header) if self.by_header else "Cookie"
         assert answer.header("vary") == (looked_at if step.looks else None), (step, answer)
         assert answer.header("cache-control") == ("no-store" if given else None), (step, answer)
         assert (answer.header("location") == "/") is (step.status == 303)
