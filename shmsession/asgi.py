@@ -76,9 +76,9 @@ class SessionMiddleware:
                 try:
                     outcome = store.commit(session, failed=message["status"] >= 500)
                 except StoreError as error:  # not raised into the application, whose own handlers would make it a 500
-                    refused = session.headers_sent = True
+                    refused = True
                     session.discard()
-                    await _unavailable(send, error)
+                    await self._unavailable(session, send, error)
                     return
                 session.headers_sent = True
                 if outcome.through:
@@ -96,16 +96,41 @@ class SessionMiddleware:
         except StoreError as error:
             if session.headers_sent:
                 raise
-            await _unavailable(send, error)
+            await self._unavailable(session, send, error)
         except Exception:  # whatever the application raised goes on to the server
-            withdrawn = store.withdrawn(session)
-            store.commit_failed(session)
-            if withdrawn:
-                await _failed(send, with_session_headers(FAILED, withdrawn, store.transport.vary))
+            await self._failed(session, send)
             raise
         else:
             if not (refused or (session.headers_sent and session.is_settled)):  # as commit() asks, a call earlier
                 await self._commit_rest(session)
+
+    async def _unavailable(self, session: Session, send: Send, error: StoreError) -> None:
+        logger.error("answered 503: %s", error)
+        withdrawn = self.store.withdrawn(session)
+        session.headers_sent = True
+        await self._page(send, withdrawn, 503, UNAVAILABLE, UNAVAILABLE_BODY)
+
+    async def _failed(self, session: Session, send: Send) -> None:
+        """An exception on its way to the server drops the changes, unless they are to be kept.
+
+        That the visitor withdrew their consent must arrive: then the error page is ours.
+        """
+        withdrawn = self.store.withdrawn(session)
+        self.store.commit_failed(session)
+        if withdrawn.headers:
+            try:
+                await self._page(send, withdrawn, 500, FAILED, FAILED_BODY)
+            except Exception as error:  # noqa: BLE001  # the application's own must arrive
+                logger.warning("a visitor's choice could not be sent: %s", error)
+
+    async def _page(self, send: Send, outcome: Outcome, status: int, headers: RawHeaders, body: bytes) -> None:
+        """Send a page of our own, with what its session asks of it."""
+        if outcome.through:
+            await self.store.persisted(outcome.through)
+        if outcome.headers:
+            headers = with_session_headers(headers, outcome.headers, self.store.transport.vary)
+        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        await send({"type": "http.response.body", "body": body})
 
     async def _websocket(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         store = self.store
@@ -202,15 +227,3 @@ def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: Sessi
     if type(headers) is not list:
         headers = list(headers)
     return {**message, "headers": with_session_headers(headers, outcome.headers, store.transport.vary)}
-
-
-async def _failed(send: Send, headers: RawHeaders) -> None:
-    """The error page, in place of the one that the server would make of an exception."""
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": FAILED_BODY})
-
-
-async def _unavailable(send: Send, error: StoreError) -> None:
-    logger.error("answered 503: %s", error)
-    await send({"type": "http.response.start", "status": 503, "headers": list(UNAVAILABLE)})
-    await send({"type": "http.response.body", "body": UNAVAILABLE_BODY})

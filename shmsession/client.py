@@ -13,7 +13,8 @@ REMEMBERED: Final = 1024
 IPV6_PREFIX: Final = 64
 """Bits of an IPv6 address that count: the rest is the machine's own, which changes it every few hours (RFC 8981)."""
 
-_PAIR: Final = re.compile(r'([^=;"\s]+)\s*=\s*("[^"]*"|[^;"\s]*)')
+_PAIR: Final = re.compile(r'(?:^|;)\s*([^=;"\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\s]*)')
+_QUOTE: Final = re.compile(r'\\.|(")')
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[\w.-]*)?|([\d.]+)(?::\d+)?")
 
 
@@ -58,7 +59,7 @@ def _last_elements(forwarded: str, count: int) -> list[str]:
     quotes = 0
     for piece in reversed(forwarded.split(",")):
         pieces.append(piece)
-        quotes += piece.count('"')
+        quotes += _QUOTE.findall(piece).count('"')
         if quotes % 2 == 0:
             elements.append(",".join(reversed(pieces)))
             pieces = []

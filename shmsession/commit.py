@@ -116,12 +116,10 @@ class Committer(ABC):
         else:
             self._commit(session, now)
         session.settle()
-        if not (
-            session.owes_cookie or session.drops_cookie or session.through or session.choice is not None or session.gone
-        ):
+        if not (session.owes_cookie or session.drops_cookie or session.through or session.choice is not None):
             return LOOKED if session.accessed else UNTOUCHED
         through, session.through = session.through, ()
-        return Outcome(session.accessed, self._headers(session, now) or (), through if self.is_persistent else ())
+        return Outcome(session.accessed, self._headers(session, now), through if self.is_persistent else ())
 
     def commit_failed(self, session: Session) -> None:
         """After an exception that leaves no response to carry a cookie: with `save_on_error` keep what needs none."""
@@ -135,11 +133,13 @@ class Committer(ABC):
             logger.warning("an exception ended a request, and what it changed cannot be kept: %s", error)
         session.discard()
 
-    def withdrawn(self, session: Session) -> RawHeaders:
-        """What a response must carry although its request failed: that the visitor does not agree to be remembered."""
-        if session.headers_sent or session.choice is not False:
-            return []
-        return self._headers(session, self.clock.now())
+    def withdrawn(self, session: Session) -> Outcome:
+        """What a page must carry although its request failed: that the visitor does not agree to be remembered."""
+        if session.kept_choice is not False:
+            return UNTOUCHED
+        session.choice = False
+        through, session.through = session.through, ()
+        return Outcome(True, self._headers(session, self.clock.now()), through if self.is_persistent else ())
 
     def save(self, session: Session) -> None:
         """Commit a session's changes now (`Session.save`)."""
@@ -167,8 +167,6 @@ class Committer(ABC):
             headers = self.transport.issue(session.secret, now, origin, longterm=session.longterm)
         elif not session.gone and session.drops_cookie:
             headers = self.transport.expire(origin)
-        elif session.gone:
-            headers = self.transport.expire_old(origin)
         if session.tells_choice:
             assert session.choice is not None
             headers = [*headers, *self.transport.choose(session.choice, origin)]
@@ -266,8 +264,9 @@ class Committer(ABC):
         if sealed_by_newest and changes.changes_nothing_in(record) and self._is_current(handle, record, now):
             session.committed(secret, handle, record, changes)
             return
-        if self.config.browser_session and session.longterm != bool(record.header.flags & LONGTERM):
-            self._need_headers(session)
+        if self.config.browser_session and changes.longterm is not None:
+            if changes.longterm != bool(record.header.flags & LONGTERM):
+                self._need_headers(session)
             session.owes_cookie = True
         try:
             found = self.memory.update(handle, record, changes, now)
@@ -303,6 +302,6 @@ class Committer(ABC):
     def _need_headers(self, session: Session) -> None:
         if session.headers_sent:
             raise ResponseStarted(
-                "the session needs a new cookie, but the response has begun: store something in it, call create(), or "
-                "renew() it before the first byte (before accept() on a websocket)"
+                "the session needs a new cookie, but the response has begun: store something in it, or call create(), "
+                "renew() or set_longterm() before the first byte (before accept() on a websocket)"
             )

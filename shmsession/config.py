@@ -238,6 +238,12 @@ class SessionConfig:
             raise ConfigError(
                 "old_cookies are not read with transport='header': set transport='both', or leave them out"
             )
+        for old in self.old_cookies:
+            if old.name in (None, self.effective_cookie_name) and (old.domain, old.path) != (None, "/"):
+                raise ConfigError(
+                    "OldCookie domain and path: a cookie of today's name cannot be taken away elsewhere, so change the "
+                    "name (cookie_name) at the same time"
+                )
         if self.transport != "cookie":
             check_header(self.header_name)
         object.__setattr__(self, "bind_to", _bindings("bind_to", self.bind_to, self.cookie_mode))

@@ -12,13 +12,15 @@ _ATTRIBUTE = re.compile(r"[\x21-\x3A\x3C-\x7E]{1,1024}")
 _DOMAIN = re.compile(r"\.?(?=.{1,253}\Z)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,=:@%\[\]-]*)+")
 
-_HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
+_HEADER = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9-]{1,64}")
 _TAKEN: Final = frozenset((
-    "authorization", "cache-control", "connection", "cookie", "date", "expires", "forwarded", "host", "location",
-    "pragma", "server", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade", "user-agent", "vary", "via",
-    "x-real-ip",
+    "age", "allow", "alt-svc", "authorization", "cache-control", "clear-site-data", "connection", "cookie", "date",
+    "etag", "expect", "expires", "forwarded", "from", "host", "keep-alive", "last-modified", "link", "location",
+    "max-forwards", "origin", "pragma", "range", "referer", "referrer-policy", "refresh", "retry-after", "server",
+    "set-cookie", "status", "strict-transport-security", "te", "trailer", "transfer-encoding", "upgrade",
+    "user-agent", "vary", "via", "warning", "www-authenticate", "x-real-ip", "x-sendfile",
 ))  # fmt: skip
-_TAKEN_KINDS: Final = ("accept", "access-control-", "content-", "if-", "x-forwarded-")
+_TAKEN_KINDS: Final = ("accept", "access-control-", "content-", "if-", "proxy", "sec-", "x-accel-", "x-forwarded-")
 
 
 class Attributes(NamedTuple):

@@ -48,7 +48,7 @@ class Flashes(WorkingCopy):
                 flash = Flash(*decode(self._data[key]))
             except UndecodableValue as error:
                 logger.warning("a flash message is left out: %s", error)
-                if not keep:
+                if category is None and not keep:
                     self.take(key)
                 continue
             if category in (None, flash.category):

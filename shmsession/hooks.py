@@ -5,7 +5,8 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
+from functools import partial
+from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import Protocol
 
 from .errors import ConfigError
@@ -130,6 +131,13 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _is_async(hook: object) -> bool:
+    """Whether calling this only makes something to be awaited."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return any(asks(one) for one in (hook, type(hook).__call__) for asks in (iscoroutinefunction, isasyncgenfunction))
+
+
 class Hooks:
     """Counts every event by its kind and calls the application's hooks. Raises ConfigError for what cannot be called,
     or would have to be awaited."""
@@ -138,7 +146,7 @@ class Hooks:
         self._hooks = tuple(hooks)
         given: Sequence[object] = self._hooks
         for hook in given:
-            if not callable(hook) or iscoroutinefunction(hook) or iscoroutinefunction(type(hook).__call__):
+            if not callable(hook) or _is_async(hook):
                 raise ConfigError(f"hooks: {hook!r} must be an ordinary function, which is called with each event")
         self.counts: dict[str, int] = {}
 

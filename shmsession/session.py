@@ -90,7 +90,8 @@ class Session(Flashes):
     choice: bool | None = None
     """What the visitor chose in this request; None: nothing, or it is known to be so."""
     _chosen: bool | None = None
-    _choice_is_committed = False
+    kept_choice: bool | None = None
+    """What of that stays though the request fails: a "no", and a "yes" that was committed with a session."""
     _presented = _stale_cookie = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -370,7 +371,7 @@ class Session(Flashes):
             edits.storable = self.choice = True
         else:
             self.destroy()
-            self.choice = False
+            self.choice = self.kept_choice = False
             if self.headers_sent:
                 raise ResponseStarted(
                     "the session is erased, but the response has begun, so that the choice cannot be remembered: call "
@@ -398,17 +399,18 @@ class Session(Flashes):
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 
     def discard(self) -> None:
-        """See WorkingCopy. That the visitor agreed is forgotten too, that they did not is done."""
+        """See WorkingCopy. Of what the visitor chose remains what is kept."""
         super().discard()
-        if self.choice and not self._choice_is_committed:
-            self.choice = None
+        if self.choice:
+            self.choice = self.kept_choice
 
     def committed(self, session_id: str, handle: bytes, record: Record, changes: Changes) -> None:
         """Stand at what was just committed."""
         self.owes_cookie = self.owes_cookie or self._stale_cookie or session_id != self.secret
         self.secret, self.raw_handle = session_id, handle
         self._stale_cookie = self.drops_cookie = False
-        self._choice_is_committed = self.choice is True
+        if self.choice:
+            self.kept_choice = True
         self.moved_to(record, changes)
 
     def told(self) -> None:

@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 from . import cookies
 from .client import Binding
 from .config import CookieMode, OldCookie, SessionConfig, SessionMode
-from .cookie_rules import Attributes
 from .headers import RawHeaders
 from .keyring import Keyring
 from .tokens import LONGEST, Form, Ticket, form_of
@@ -73,9 +72,9 @@ class Transport:
         accepted = [self._now, *(self._accepts(config, old) for old in config.old_cookies)]
         self._accepted = [one for _, one in sorted(zip(modes, accepted, strict=True), key=self._rank)]
         self._old = {
-            old.name.encode() + b"=": _removers(old, old.name, attributes)
-            for old in config.old_cookies
-            if old.name not in (None, self.name)
+            name.encode() + b"=": _removers(name, config)
+            for name in {old.name for old in config.old_cookies}
+            if name not in (None, self.name)
         }
         self.is_plain = CookieMode.PLAIN in modes
         """Whether anybody can make up a token that is well formed."""
@@ -173,13 +172,13 @@ class Transport:
             token = self._header_form.write(session_id, now, self._client(self._by_header, presented))
             return [(self._header, token.encode())]
         max_age = None if self._ends_with_browser and not longterm else self._max_age
-        return [_set(self._cookie.issue(self.value(session_id, now, presented), max_age)), *self.expire_old(presented)]
+        return [_set(self._cookie.issue(self.value(session_id, now, presented), max_age)), *self._expire_old(presented)]
 
     def expire(self, presented: Presented) -> RawHeaders:
         """The response headers that take the session away."""
         if self._answers_by_header(presented):
             return [(self._header, b"")]
-        return [_set(self._cookie.expire()), *self.expire_old(presented)]
+        return [_set(self._cookie.expire()), *self._expire_old(presented)]
 
     def choose(self, consent: bool, presented: Presented) -> RawHeaders:
         """The response headers that tell the client what it chose."""
@@ -191,8 +190,8 @@ class Transport:
     def _answers_by_header(self, presented: Presented) -> bool:
         return bool(self._header) and (presented.header is not None or not self._by_cookie)
 
-    def expire_old(self, presented: Presented) -> RawHeaders:
-        """The response headers that take cookies of old names away."""
+    def _expire_old(self, presented: Presented) -> RawHeaders:
+        """Cookies of old names are taken away."""
         return [
             _set(remover)
             for needle, removers in self._old.items()
@@ -201,10 +200,11 @@ class Transport:
         ]
 
 
-def _removers(old: OldCookie, name: str, attributes: Attributes) -> list[str]:
+def _removers(name: str, config: SessionConfig) -> list[str]:
     """Set-Cookie values that take a cookie of an old name away, wherever it may have been set."""
-    before = attributes._replace(domain=old.domain, path=old.path)
-    fitting = dict.fromkeys(one.fitting(name) for one in (attributes, before))
+    today = config.attributes
+    before = [today._replace(domain=old.domain, path=old.path) for old in config.old_cookies if old.name == name]
+    fitting = dict.fromkeys(one.fitting(name) for one in (today, *before))
     return [cookies.Writer(name, one, http_only=True).expire() for one in fitting]
 
 

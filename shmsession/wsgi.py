@@ -1,11 +1,11 @@
 """Sessions for WSGI applications: Flask, Django, Pyramid, Bottle, or none of them."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from .commit import Outcome
 from .errors import StoreError
 from .headers import (
     FAILED,
@@ -13,6 +13,7 @@ from .headers import (
     RETRY_AFTER,
     UNAVAILABLE,
     UNAVAILABLE_BODY,
+    RawHeaders,
     as_text,
     with_session_headers,
 )
@@ -185,24 +186,34 @@ class _Response:
         """
         withdrawn = self._store.withdrawn(self._session)
         self._store.commit_failed(self._session)
-        if withdrawn:
-            headers = with_session_headers(FAILED, withdrawn, self._store.transport.vary)
-            self._server_write = self._start_response("500 Internal Server Error", as_text(headers), sys.exc_info())
-            self._server_write(self._body_of(FAILED_BODY))
+        if withdrawn.headers:
+            try:
+                body = self._page(withdrawn, "500 Internal Server Error", FAILED, FAILED_BODY)
+                if self._server_write is not None:
+                    self._server_write(body)
+            except Exception as error:  # noqa: BLE001  # the application's own must arrive
+                logger.warning("a visitor's choice could not be sent: %s", error)
 
     def unavailable(self, error: StoreError) -> Iterable[bytes]:
         """503, before any header has left."""
         logger.error("answered 503: %s", error)
-        self._session.headers_sent = True
-        if self._session.loaded:
-            self._session.discard()
-            self._session.settle()
-        self._server_write = self._start_response("503 Service Unavailable", as_text(UNAVAILABLE))
-        return [self._body_of(UNAVAILABLE_BODY)]
+        session = self._session
+        if session.loaded:
+            session.discard()
+            session.settle()
+        withdrawn = self._store.withdrawn(session)
+        session.headers_sent = True
+        return [self._page(withdrawn, "503 Service Unavailable", UNAVAILABLE, UNAVAILABLE_BODY)]
 
-    def _body_of(self, page: bytes) -> bytes:
-        """What of our own page may follow the headers: no body answers HEAD, and not every server sees to it."""
-        return b"" if self._environ.get("REQUEST_METHOD") == "HEAD" else page
+    def _page(self, outcome: Outcome, status: str, headers: RawHeaders, body: bytes) -> bytes:
+        """Begin a page of our own, with what its session asks of it. None has a body for HEAD: not every server sees to
+        it, and the connection's next answer would begin with it."""
+        if outcome.through:
+            self._store.sync.wait(outcome.through)
+        if outcome.headers:
+            headers = with_session_headers(headers, outcome.headers, self._store.transport.vary)
+        self._server_write = self._start_response(status, as_text(headers))
+        return b"" if self._environ.get("REQUEST_METHOD") == "HEAD" else body
 
 
 def _cookie_header(header: str) -> bytes:

@@ -6,6 +6,7 @@ from http.cookies import SimpleCookie
 from typing import Any, Final, NamedTuple
 
 from shmsession import Session, SessionStore, asgi, wsgi
+from shmsession.errors import CodecError
 from shmsession.transport import Presented
 
 PROTOCOLS: Final = ("asgi", "wsgi")
@@ -14,6 +15,9 @@ Action = Callable[[Session], Any]
 
 class Broken(Exception):
     """What a broken application raises: the server answers then with 500, unless headers have left."""
+
+
+RAISED: Final = (Broken, CodecError)
 
 
 class Answer(NamedTuple):
@@ -101,7 +105,7 @@ def _over_asgi(visitor: Visitor, action: Action, status: int) -> Answer:
     scope = {"type": "http", "path": "/", "headers": headers, "client": (visitor.peer, 4711)}
     try:
         asyncio.run(asgi.SessionMiddleware(app, visitor.store)(scope, receive, send))
-    except Broken:
+    except RAISED:
         if not sent:
             return Answer(500, [], None)
     raw = [(name.decode().lower(), value.decode()) for name, value in sent[0]["headers"]]
@@ -129,7 +133,7 @@ def _over_wsgi(visitor: Visitor, action: Action, status: int) -> Answer:
         close = getattr(body, "close", None)
         if close is not None:
             close()
-    except Broken:
+    except RAISED:
         if not started:
             return Answer(500, [], None)
     line, headers = started[0]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -88,7 +90,16 @@ class Awaitable:
         await coroutine(event)
 
 
-@pytest.mark.parametrize("hook", [coroutine, Awaitable(), "print", None], ids=["async", "object", "str", "None"])
+async def generator(event: Event) -> AsyncIterator[Event]:
+    """A third."""
+    yield event
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [coroutine, generator, Awaitable(), partial(coroutine), partial(partial(Awaitable())), "print", None],
+    ids=["async", "generator", "object", "partial", "partial object", "str", "None"],
+)
 def test_a_hook_that_would_never_run_is_an_error_at_construction(hook: Any) -> None:
     with pytest.raises(ConfigError, match="an ordinary function"):
         Hooks([hook])

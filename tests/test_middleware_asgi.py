@@ -413,8 +413,8 @@ def test_paths_can_be_skipped_or_read_only(shm_store: SessionStore, options: Any
 def test_an_inner_middleware_makes_its_own_paths_read_only(shm_store: SessionStore) -> None:
     """One around a part of the application, with the store of the one around the whole."""
     inner = SessionMiddleware(whole_scope, shm_store, readonly="/api")
-    for path, says in (("/api", b"readonly"), ("/", b"session")):
-        assert exchange(shm_store, inner, path=path).body == says
+    for path, says in (("/api", b"readonly"), ("/", b"session"), ("/files", b"readonly")):
+        assert exchange(shm_store, inner, path=path, readonly="/files").body == says
 
 
 def test_scopes_of_other_kinds_pass_untouched(shm_store: SessionStore) -> None:

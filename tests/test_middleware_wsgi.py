@@ -575,8 +575,8 @@ def test_paths_can_be_skipped_or_read_only(
 def test_an_inner_middleware_makes_its_own_paths_read_only(shm_store: SessionStore) -> None:
     """One around a part of the application, with the store of the one around the whole."""
     inner = SessionMiddleware(whole_environ, shm_store, readonly="/api")
-    for path, says in (("/api", b"readonly"), ("/", b"session")):
-        result = exchange(shm_store, inner, environ={"SCRIPT_NAME": "", "PATH_INFO": path})
+    for path, says in (("/api", b"readonly"), ("/", b"session"), ("/files", b"readonly")):
+        result = exchange(shm_store, inner, environ={"SCRIPT_NAME": "", "PATH_INFO": path}, readonly="/files")
         assert (result.body, result.error) == (says, None)
 
 

@@ -1,16 +1,21 @@
 """When a session is kept: always, when the visitor agrees, or when the application says so; and how it is erased."""
 
+import asyncio
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shmsession import Session, SessionMode, SessionStore
-from shmsession.errors import NotCreated, ResponseStarted
+from shmsession import Key, Session, SessionConfig, SessionMode, SessionStore, asgi, wsgi
+from shmsession.backends.base import SENTINEL, State
+from shmsession.errors import NotCreated, ResponseStarted, StoreError
 from shmsession.hooks import Created, Destroyed, Event, Expired, Renewed
 from shmsession.testing import ManualClock, make_store
 from tests.asking import PROTOCOLS, Broken, Visitor
+from tests.backends import MemoryBackend
+from tests.servers import PATIENCE
 
 MARK = "the visitor's own words"
 
@@ -248,6 +253,125 @@ def test_what_a_withdrawal_missed_ends_at_the_visitors_next_request(come: Come) 
     assert visitor.data() == {}
     assert visitor.store.count() == 0
     assert has_nothing(visitor)
+
+
+YES: dict[str, Callable[[Session], object]] = {
+    "yes": accept,
+    "no": decline,
+    "put": put,
+    "save": lambda session: session.save(),
+}
+
+
+@pytest.mark.parametrize("agreed", [None, True])
+@pytest.mark.parametrize(
+    ("words", "choice", "is_kept"),
+    [
+        ("yes put", None, False),
+        ("yes put save", "true", True),
+        ("yes put save no", "false", False),
+        ("yes put save no yes", "false", False),
+        ("no yes", "false", False),
+        ("no yes put save", "true", True),
+        ("no yes put save no yes put", "false", False),
+    ],
+)
+@pytest.mark.parametrize("end", ["500", "an exception"])
+def test_what_a_failed_request_said_of_consent(
+    come: Come, agreed: bool | None, words: str, choice: str | None, is_kept: bool, end: str
+) -> None:
+    """A "no" stays, and a "yes" with what was saved; a "yes" by itself is forgotten. An exception takes a cookie along
+    only for a "no"."""
+    visitor = come(SessionMode.OPT_IN)
+    if agreed:
+        visitor.ask(accept)
+
+    def say(session: Session) -> None:
+        for word in words.split(" "):
+            YES[word](session)
+        if end != "500":
+            raise Broken
+
+    visitor.ask(say, 500)
+    if end != "500" and choice == "true":
+        choice, is_kept = None, False  # nobody can tell the browser of its session
+    assert consent_of(visitor) == (choice or ("true" if agreed else None))
+    assert (visitor.data() == {"v": MARK}) is is_kept
+    assert has_nothing(visitor) is not is_kept
+
+
+def test_the_backend_hears_of_a_no_before_the_page_that_says_so(place: Path, protocol: str) -> None:
+    """Also when an exception or a full store makes it."""
+    rows = MemoryBackend(labelled=False)
+    settings: dict[str, Any] = {"directory": place, "name": "n", "keys": (Key(b"k" * 32),), "secure": False}
+    config = SessionConfig(mode=SessionMode.OPT_IN, through_timeout=timedelta(seconds=PATIENCE), **settings)
+    with SessionStore(rows, config=config) as store:
+        visitor = Visitor(store, protocol)
+        for error in (Broken(), StoreError("full")):
+
+            def agree(session: Session) -> None:
+                session.set_store(True)
+                session["v"] = MARK
+
+            def withdraw(session: Session, error: Exception = error) -> None:
+                session.set_store(False)
+                raise error
+
+            visitor.ask(agree)
+            assert store.sync.flush()
+            answer = visitor.ask(withdraw)
+            assert answer.status == (500 if isinstance(error, Broken) else 503)
+            assert answer.header("cache-control") == "no-store"
+            assert answer.header("vary") == "Cookie"
+            assert visitor.cookies == {"session-storable": "false"}
+            assert {row.state for handle, row in rows.rows.items() if handle != SENTINEL} == {State.DEAD}
+        assert len(rows.rows) == 3
+
+
+def test_a_no_is_sent_though_the_commit_itself_fails(come: Come) -> None:
+    """As when what was stored afterwards cannot be."""
+    visitor = come(SessionMode.OPT_IN)
+    visitor.ask(accept)
+    visitor.ask(put)
+
+    def fill(session: Session) -> None:
+        session.set_store(False)
+        session["l"] = kept = []
+        kept.append(object())
+
+    answer = visitor.ask(fill)
+    assert has_nothing(visitor)
+    assert (consent_of(visitor), visitor.data()) == ("false", {}), answer
+
+
+def test_an_error_page_that_cannot_be_sent_hides_no_exception(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The application's own goes on to the server, whatever became of the connection, or of its start_response."""
+    with make_store(place, mode=SessionMode.OPT_IN) as store:
+
+        async def app(scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+            decline(Session.of(scope))
+            raise Broken
+
+        async def gone(*_: Any) -> Any:
+            raise OSError("the connection is gone")
+
+        with pytest.raises(Broken):
+            asyncio.run(asgi.SessionMiddleware(app, store)({"type": "http", "path": "/", "headers": []}, gone, gone))
+
+        def wsgi_app(environ: wsgi.Environ, start_response: wsgi.StartResponse) -> list[bytes]:
+            decline(Session.of(environ))
+            raise Broken
+
+        def closed(*_: Any) -> Any:
+            raise OSError("the connection is gone")
+
+        def nothing(*_: Any) -> Any:
+            return None
+
+        for start_response in (closed, nothing):
+            with pytest.raises(Broken):
+                wsgi.SessionMiddleware(wsgi_app, store)({"PATH_INFO": "/"}, start_response)
+        assert [text for text in caplog.messages if "could not be sent" in text] == [caplog.messages[0]] * 2
 
 
 def test_who_declines_is_not_asked_again(come: Come) -> None:
