@@ -21,7 +21,7 @@ from .errors import BackendError, StoreFull
 from .hooks import BackendForgot, Hooks
 from .memory.outbox import Outbox
 from .memory.store import MemoryStore
-from .memory.tables import LOSSES, PUT_BACK, RECALLED
+from .memory.tables import RECALLED
 
 logger = logging.getLogger("shmsession")
 
@@ -100,7 +100,7 @@ class Sentinel:
             self._environment.raise_epoch(found.epoch + 1)
         lost = found is None or not ours or (found.epoch, found.version) < known or found.horizon < FOREVER
         if lost:
-            self._note_loss()
+            self._outbox.note_loss()
         beat = max(self._outbox.note(_BEAT), 0 if found is None or not ours else found.version) + 1
         row = self._row(beat, FOREVER if lost else FOREVER - 1)
         (answer,) = await self._backend.write([row])
@@ -119,11 +119,8 @@ class Sentinel:
         if not answer.applied:
             return
         if before is None or (before.epoch, before.version) < (row.epoch, row.version - 1):
-            self._note_loss()
+            self._outbox.note_loss()
         self._outbox.raise_note(_BEAT, row.version)
-
-    def _note_loss(self) -> None:
-        self._outbox.raise_note(LOSSES, self._outbox.losses() + 1)
 
     def _is_ours(self, sentinel: Row) -> bool:
         """Whether this incarnation wrote it. Raises Neighbour when another store, that is alive, did."""
@@ -176,7 +173,7 @@ class Recall:
         """Put back some `count` sessions: they are sent before more fits into a store that is nearly full."""
         loss = self._outbox.losses()
         if self._loss != loss:
-            self._begin(loss, _DONE if loss <= self._outbox.note(RECALLED) else _DEAD)
+            self._begin(loss, _DONE if loss == self._outbox.note(RECALLED) else _DEAD)
         begin = self._put
         while self._step != _DONE and self._put - begin < count:
             try:
@@ -192,9 +189,8 @@ class Recall:
             await asyncio.sleep(0)
 
     def _end(self) -> None:
-        self._outbox.raise_note(PUT_BACK, self._loss)
-        if not self._passed_over:  # else somebody who has the Key of what was passed over must do it too
-            self._outbox.raise_note(RECALLED, self._loss)
+        # Somebody who has the Key of what was passed over must do it too.
+        self._outbox.note_put_back(self._loss, by_all=not self._passed_over)
         if self._put:
             logger.warning("%s may lack %s sessions: they are sent again", self._name, self._put)
             self._hooks.emit(BackendForgot(self._put))

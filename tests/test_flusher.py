@@ -400,7 +400,7 @@ def test_a_drain_asks_no_more_than_once_a_second_what_has_just_failed(place: Pat
         two.create(B)
         flusher = two.flusher()
         if trouble == "a full store":
-            flusher._outbox.losses = _full  # type: ignore[method-assign, assignment]
+            flusher._outbox.note_loss = _full  # type: ignore[method-assign]
         elif trouble != "a neighbour":
             backend.fail("initialize", times=100)
             backend.error = TimeoutError if trouble == "its own time-outs" else backend.error

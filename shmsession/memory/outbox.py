@@ -11,7 +11,7 @@ from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDR
 from . import room
 from .environment import Environment
 from .seal import RecordSeal
-from .tables import LOSSES, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
+from .tables import LOSSES, PUT_BACK, RECALLED, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
 from .writing import Writer
 
 CHUNK: Final = 100
@@ -314,6 +314,29 @@ class Outbox:
     def losses(self) -> int:
         """A number that grows when the backend is found to have lost what it had acknowledged."""
         return self.note(LOSSES)
+
+    def note_loss(self) -> None:
+        """The backend has lost something."""
+
+        def work(txn: Txn, tables: Tables) -> None:
+            losses = number(txn.get(LOSSES, db=tables.meta))  # type: ignore[arg-type]
+            txn.put(LOSSES, sequence_key(losses + 1), db=tables.meta)
+
+        self._environment.write(work)
+
+    def note_put_back(self, losses: int, *, by_all: bool) -> None:
+        """All that this process can read waits again since `losses()` was this; `by_all`: and nothing else is left.
+
+        Of no account when there was another loss meanwhile, or the store was built anew, which counts anew.
+        """
+
+        def work(txn: Txn, tables: Tables) -> None:
+            if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
+                return
+            for name in (PUT_BACK, RECALLED) if by_all else (PUT_BACK,):
+                txn.put(name, sequence_key(losses), db=tables.meta)
+
+        self._environment.write(work)
 
     def raise_note(self, name: bytes, value: int) -> None:
         """Keep a number with the store, unless a higher one is there."""
