@@ -67,13 +67,18 @@ class Sentinel:
             return []
         if self._looked != self._environment.uuid:
             raise Overtaken("the memory store was built anew: looking again")
-        return [self._row(self._outbox.note(_BEAT) + 1, FOREVER - 1)]
+        return [self._row(self._outbox.note(_BEAT) + 1, self._horizon - 1)]
 
     def _row(self, beat: int, horizon: int) -> Row:
-        """`horizon`: FOREVER when we know what stood there, one less when we do not: the later one is kept, so that
-        what was written where nothing stood shows it also to somebody who never saw the answer."""
         body = _BODY.pack(self._environment.uuid, self._place, self._clock.now())
         return Row(SENTINEL, State.LIVE, self._environment.epoch, beat, horizon, b"", body)
+
+    @property
+    def _horizon(self) -> int:
+        """That of a row of ours when we know what stood there, and one less when we do not: the later one is kept, so
+        that what was written where nothing stood shows it also to somebody who never saw the answer. It is later than
+        all that stores which are gone have written, or will have."""
+        return min(2 * FOREVER - 1, FOREVER + 2 * self._environment.epoch)
 
     async def greet(self) -> bool:
         """Look at what is there before anything is sent, and put our own in its place; whether it had to.
@@ -98,11 +103,11 @@ class Sentinel:
         ours = found is not None and self._is_ours(found)
         if found is not None and not ours and found.epoch >= self._environment.epoch:
             self._environment.raise_epoch(found.epoch + 1)
-        lost = found is None or not ours or (found.epoch, found.version) < known or found.horizon < FOREVER
+        lost = found is None or not ours or (found.epoch, found.version) < known or found.horizon < self._horizon
         if lost:
             self._outbox.note_loss()
         beat = max(self._outbox.note(_BEAT), 0 if found is None or not ours else found.version) + 1
-        row = self._row(beat, FOREVER if lost else FOREVER - 1)
+        row = self._row(beat, self._horizon if lost else self._horizon - 1)
         (answer,) = await self._backend.write([row])
         if not answer.applied or answer.before != (found.mark if found else None):
             if answer.applied:

@@ -214,17 +214,18 @@ def test_numbers_up_to_the_largest_are_kept_exactly(redis_server: RedisServer) -
 
     async def play() -> None:
         async with opened(redis_server.url) as backend:
-            top = live(1, NUMBER - 1, epoch=NUMBER, version=NUMBER, user=user_of(1))
+            top = live(1, NUMBER, epoch=NUMBER, version=NUMBER, user=user_of(1))
             assert await backend.write([top]) == [Answer(True, None)]
             assert await backend.load(top.handle) == top
             assert await backend.write([top._replace(version=NUMBER - 1)]) == [Answer(False, top.mark)]
             assert await backend.write([top._replace(epoch=NUMBER - 1)]) == [Answer(False, top.mark)]
             low = live(2, now() + HOUR, epoch=NUMBER - 1, version=NUMBER - 1)
             assert await backend.write([low]) == [Answer(True, None)]
-            assert await backend.write([low._replace(version=NUMBER)]) == [Answer(True, low.mark)]
+            assert await backend.write([low._replace(version=NUMBER, horizon=FOREVER - 1)]) == [Answer(True, low.mark)]
             with looking(redis_server) as client:
-                assert client.pexpiretime(row_key(top.handle)) == NUMBER - 1
-                assert client.zscore(user_key(top.user), top.handle) == NUMBER - 1
+                assert client.pexpiretime(row_key(low.handle)) == FOREVER - 1
+                assert client.pexpiretime(row_key(top.handle)) == -1
+                assert client.zscore(user_key(top.user), top.handle) == NUMBER
 
     asyncio.run(play())
 

@@ -487,6 +487,25 @@ def test_a_look_that_began_before_a_rebuild_is_none_of_the_new_store(host: Host)
     host.agrees()
 
 
+def test_what_a_store_that_is_gone_still_writes_hides_no_loss(host: Host) -> None:
+    """Its look at the backend arrives when that has forgotten all, and a batch was stored whose sender died."""
+    host.create(A)
+    host.flush()
+    late = host.backend.rows[SENTINEL]
+    host.clock.advance(1)
+    build_anew(host)
+    host.create(B)
+    flusher = host.flusher()
+    host.flush(flusher)
+    host.create(C)
+    host.backend.forget()
+    host.sending(C, flusher).until("write!").abandon()
+    assert [answer.applied for answer in run(host.backend.write([late]))] == [False]
+    host.flush(host.flusher())
+    assert host.backend.state(B) is State.LIVE
+    host.agrees()
+
+
 @pytest.mark.parametrize("first", [b"\0", b"\xff"], ids=["lower", "higher"])
 def test_what_is_put_back_into_a_store_that_is_built_anew_meanwhile_is_no_loss_of_the_new_one(
     host: Host, monkeypatch: pytest.MonkeyPatch, first: bytes
@@ -1556,10 +1575,10 @@ MUTANTS: Final = {
         Recall, "put_back", "dead=self._step == _DEAD", "dead=self._step != _DEAD"
     ),
     "a backend that fell back is taken for what it was": Mutant(
-        Sentinel, "_take_over", " or (found.epoch, found.version) < known or found.horizon < FOREVER", ""
+        Sentinel, "_take_over", " or (found.epoch, found.version) < known or found.horizon < self._horizon", ""
     ),
     "what was sent unseen to an empty backend is taken for an old sentinel": Mutant(
-        Sentinel, "_take_over", " or found.horizon < FOREVER", ""
+        Sentinel, "_take_over", " or found.horizon < self._horizon", ""
     ),
     "an answer that comes late undoes a commit": Mutant(
         MemoryStore, "fill", "_order(found.header) >= _order(header) or waits(txn, tables, handle, found.raw)", "False"

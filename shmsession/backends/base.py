@@ -12,8 +12,8 @@ from shmsession.errors import BackendError
 
 SENTINEL: Final = bytes(20)
 """The handle of the one row that is no session: whose tables these are. Counts and listings leave it out."""
-FOREVER: Final = 2**53 - 1
-"""The horizon of a row that is never swept."""
+FOREVER: Final = 1 << 52
+"""A row with this horizon, or a later one, is never swept. None is later than 2**53 - 1, Lua's greatest integer."""
 
 
 class State(IntEnum):
