@@ -235,9 +235,7 @@ class SessionConfig:
                 "(storable_cookie_name) than the session's cookie has or had"
             )
         if self.old_cookies and self.transport == "header":
-            raise ConfigError(
-                "old_cookies are not read with transport='header': set transport='both', or leave them out"
-            )
+            raise ConfigError("transport='header' reads no old_cookies: set transport='both', or leave them out")
         for old in self.old_cookies:
             if old.name in (None, self.effective_cookie_name) and (old.domain, old.path) != (None, "/"):
                 raise ConfigError(

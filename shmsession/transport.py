@@ -60,7 +60,7 @@ class Transport:
         self._proxy_header = config.proxy_header.lower().encode()
         self._binding = Binding(config, config.bind_to)
         self._form = self._form_of(config.cookie_mode, self.name)
-        self._header_form = self._form_of(config.cookie_mode, config.header_name.lower(), b"header ")
+        self._header_form = self._form_of(config.cookie_mode, config.header_name.lower(), "header ")
         attributes = config.attributes
         self._cookie = cookies.Writer(self.name, attributes, http_only=config.http_only)
         self._consent_needle = config.effective_storable_cookie_name.encode() + b"="
@@ -90,8 +90,8 @@ class Transport:
             vary += [config.header_name, *([f"{config.header_name}-Storable"] if asked else [])]
         self.vary = ", ".join(vary).encode()
 
-    def _form_of(self, mode: CookieMode, name: str, kind: bytes = b"cookie ") -> Form:
-        return form_of(mode, self._keyring, kind.decode() + name, self._fresh_for)
+    def _form_of(self, mode: CookieMode, name: str, kind: str = "cookie ") -> Form:
+        return form_of(mode, self._keyring, kind + name, self._fresh_for)
 
     def _accepts(self, config: SessionConfig, old: OldCookie) -> _Accepted:
         name = old.name or self.name

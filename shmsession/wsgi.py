@@ -81,9 +81,7 @@ class SessionMiddleware:
 class _Response:
     """One response: holds the status and headers back until the first byte, then commits and lets them go."""
 
-    def __init__(
-        self, store: SessionStore, session: Session, start_response: StartResponse, environ: Environ
-    ) -> None:  # fmt: skip
+    def __init__(self, store: SessionStore, session: Session, start_response: StartResponse, environ: Environ) -> None:
         self._store = store
         self._session = session
         self._start_response = start_response

@@ -22,6 +22,7 @@ class Case:
 
     def backend(self) -> Backend:
         """A new, unopened object on the same database each time; the database is empty when a test begins."""
+        # For subclasses to write. Not an abstract method: that error says what is missing, and not what to do.
         raise NotImplementedError(f"{type(self).__name__}.backend: return a new object of your backend")
 
     @cached_property
