@@ -256,7 +256,7 @@ class Flusher:
     async def round(self) -> bool:
         """Send the oldest commits, a batch at most; whether there may be more.
 
-        While a remote backend writes, what it wrote in the last round is crossed off, and the next batch is read.
+        While the backend writes, what it wrote in the last round is crossed off, and the next batch is read.
         Raises BackendError, StoreError.
         """
         if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
@@ -272,7 +272,7 @@ class Flusher:
             ahead = await self._read(losses, limit, NO_PLACE, self._newest())
         waiting, full = ahead.rows, ahead.full
         reading = None
-        if full and self._recall.is_done and self._backend.remote:  # an embedded one works with this process's hands
+        if full and self._recall.is_done:
             last = waiting[-1][0].record.place
             reading = self._beside(self._read_ahead(losses, min(BATCH, limit * 2), last, ahead.until))
         try:

@@ -570,6 +570,49 @@ def test_a_file_system_without_shared_memory_is_refused(path: Path, monkeypatch:
     assert (kind, said) == ("BackendError", f"{path} cannot have a write-ahead log: put it on a disk of this host")
 
 
+def test_a_batch_is_a_handful_of_statements(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of a statement gives up Python's lock, and getting it back takes long where a worker is busy."""
+    traced: list[str] = []
+    connect: Callable[..., sqlite3.Connection] = sqlite3.connect
+
+    def tracing(name: str, **options: Any) -> sqlite3.Connection:
+        db = connect(name, **options)
+        db.set_trace_callback(traced.append)
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", tracing)
+
+    async def work(backend: SQLiteBackend) -> None:
+        for version in (1, 2):
+            traced.clear()
+            batch = [live(n, LATER)._replace(version=version) for n in range(1, 502)]
+            assert all(answer.applied for answer in await backend.write(batch))
+            assert [statement.split()[0] for statement in traced] == ["BEGIN", "SELECT", "INSERT", "COMMIT"]
+
+    using(path, work)
+
+
+def test_a_batch_that_has_more_values_than_a_statement_may_is_written_in_several(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect: Callable[..., sqlite3.Connection] = sqlite3.connect
+
+    def limited(name: str, **options: Any) -> sqlite3.Connection:
+        db = connect(name, **options)
+        db.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", limited)
+    rows = [live(n, LATER) for n in range(1, 1201)]
+
+    async def work(backend: SQLiteBackend) -> None:
+        assert all(answer.applied for answer in await backend.write(rows))
+        assert not any(answer.applied for answer in await backend.write(rows))
+        assert [await backend.load(row.handle) for row in rows] == rows
+
+    using(path, work)
+
+
 def test_a_file_that_is_removed_while_it_is_open_is_an_error_and_a_new_one_is_noticed(path: Path) -> None:
     """Whoever held on to the removed file would write into the void."""
 

@@ -103,18 +103,6 @@ def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host
     assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH)]
 
 
-def test_beside_an_embedded_backend_nothing_is_done(host: Host) -> None:
-    """It needs this process itself, and would only be slower."""
-    host.backend.remote = False
-    for n in range(BATCH + 1):
-        host.create(handle(n + 1), n=n)
-    flusher = host.flusher()
-    assert run(flusher.round())
-    assert len(host.memory.outbox) == 1
-    host.flush(flusher)
-    host.agrees()
-
-
 def test_a_death_is_crossed_off_before_the_rest_is_written(host: Host) -> None:
     """Whoever logs out waits for it."""
     host.create(A)

@@ -95,7 +95,7 @@ class Backend(Protocol):
     """For logs and numbers: no credentials in it."""
     remote: bool
     """Whether it is a server, which others than this host's processes may reach: then the Keys must be configured, not
-    generated, and the flusher goes on while it writes."""
+    generated."""
     expires: bool
     """Whether rows vanish by themselves after their horizon, so that nobody need sweep."""
 

@@ -6,6 +6,7 @@ here because the database had said so, would live again. A batch is one transact
 """
 
 import asyncio
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, unquote
@@ -28,9 +30,6 @@ T = TypeVar("T")
 
 PAGE: Final = 1000
 """How many rows are listed, swept or cleared in one go: no longer than a large batch takes to write."""
-
-_VALUES: Final = 500
-"""How many values a statement is given: some builds of SQLite take no more than 999."""
 
 _NOTHING: Final = (None, -1, b"")
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -211,29 +210,40 @@ class SQLiteBackend:
                 before, until, owner = stored.get(handle, _NOTHING)
                 applied = wins(row, before)
                 answers.append(Answer(applied, before))
+                # int(): the driver looks for an adapter for every value that is not exactly of a type it knows.
+                values = (handle, int(state), epoch, version, max(until, horizon), user, body)
                 if not applied:
                     if horizon > until:
-                        prolong.append((horizon, handle))
+                        prolong.append(values)
                 elif before is not None and state is before.state is State.LIVE and horizon <= until and user == owner:
                     # LIVE over LIVE of the same user, until no later: no index need be touched.
-                    rewrite.append((epoch, version, body, handle))
+                    rewrite.append(values)
                 else:
-                    # int(): the driver looks for an adapter for every value that is not exactly of a type it knows.
-                    put.append((handle, int(state), epoch, version, max(horizon, until), user, body))
-            db.executemany(self._sql.put, put)
-            db.executemany(self._sql.rewrite, rewrite)
-            db.executemany(self._sql.prolong, prolong)
+                    put.append(values)
+            self._insert(db, put, self._sql.put)
+            self._insert(db, rewrite, self._sql.rewrite)
+            self._insert(db, prolong, self._sql.prolong)
             return answers
+
+    def _insert(self, db: sqlite3.Connection, rows: Sequence[tuple[bytes | int, ...]], conflict: str) -> None:
+        """Many rows by one statement, or as few as may be.
+
+        The driver gives up Python's lock at each step, and a thread that wants it back waits until others let go.
+        """
+        most = _values(db) // 7
+        for begin in range(0, len(rows), most):
+            some = rows[begin : begin + most]
+            db.execute(self._sql.insert(len(some), conflict), list(chain.from_iterable(some)))
 
     def _stored(self, db: sqlite3.Connection, rows: Sequence[Row]) -> dict[bytes, tuple[Mark, int, bytes]]:
         """Mark, horizon and user of what is there under the rows' handles."""
-        found = {}
-        for start in range(0, len(rows), _VALUES):
-            handles = [row.handle for row in rows[start : start + _VALUES]]
-            for handle, state, epoch, version, horizon, user in self._fetch(
-                db, self._sql.stored(len(handles)), *handles
-            ):
-                found[handle] = Mark(STATES.get(state, State.ERASED), epoch, version), horizon, user
+        found, most = {}, _values(db)
+        for begin in range(0, len(rows), most):
+            handles = [row.handle for row in rows[begin : begin + most]]
+            ((text,),) = self._fetch(db, self._sql.stored(len(handles)), *handles)
+            for handle, state, epoch, version, horizon, user in json.loads(text):
+                mark = Mark(STATES.get(state, State.ERASED), epoch, version)
+                found[bytes.fromhex(handle)] = mark, horizon, bytes.fromhex(user)
         return found
 
     def _sweep(self, db: sqlite3.Connection, now: int, limit: int) -> int:
@@ -287,6 +297,11 @@ def _transaction(db: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iter
     db.execute(begin)
     yield
     db.execute("COMMIT")
+
+
+def _values(db: sqlite3.Connection) -> int:
+    """How many values a statement may be given: 999 in some builds of SQLite, and 250,000 in others."""
+    return db.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
 
 
 def _code(error: sqlite3.Error) -> int:

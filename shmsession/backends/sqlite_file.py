@@ -44,14 +44,15 @@ class Statements:
         self.is_made = f"SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{name}_schema' COLLATE NOCASE"
         self.schema = f"SELECT version FROM {name}_schema"
         self.load = f"SELECT {_COLUMNS} FROM {table} WHERE handle = ?"
-        self._stored = f"SELECT handle, state, epoch, version, horizon, user FROM {table} WHERE handle IN "
-        self.put = (
-            f"INSERT INTO {table} ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
-            "state = excluded.state, epoch = excluded.epoch, version = excluded.version, horizon = excluded.horizon, "
-            "user = excluded.user, body = excluded.body"
+        numbers = (f"CAST({column} AS INTEGER)" for column in ("state", "epoch", "version", "horizon"))
+        self._stored = (
+            f"SELECT json_group_array(json_array(hex(handle), {', '.join(numbers)}, hex(user))) FROM {table} "
+            "WHERE handle IN"
         )
-        self.rewrite = f"UPDATE {table} SET epoch = ?, version = ?, body = ? WHERE handle = ?"
-        self.prolong = f"UPDATE {table} SET horizon = ? WHERE handle = ?"
+        self._insert = f"INSERT INTO {table} ({_COLUMNS}) VALUES"
+        self.put = _taking("state", "epoch", "version", "horizon", "user", "body")
+        self.rewrite = _taking("epoch", "version", "body")
+        self.prolong = _taking("horizon")
         self.sweep = f"DELETE FROM {table} WHERE handle IN (SELECT handle FROM {table} WHERE horizon < ? LIMIT ?)"
         self.live = f"SELECT count(*) FROM {table} WHERE {live}"
         self.handles = f"SELECT handle FROM {table} WHERE {live} AND handle > ? ORDER BY handle LIMIT ?"
@@ -63,8 +64,16 @@ class Statements:
         )
 
     def stored(self, count: int) -> str:
-        """What is there under so many handles."""
+        """What is there under so many handles, all of it as one JSON text."""
         return f"{self._stored} ({', '.join('?' * count)})"
+
+    def insert(self, count: int, conflict: str) -> str:
+        """Insert so many rows; where one is there, `put`, `rewrite` or `prolong` says what becomes of it."""
+        return f"{self._insert} {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * count)} {conflict}"
+
+
+def _taking(*columns: str) -> str:
+    return f"ON CONFLICT (handle) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
 
 
 class File:
@@ -112,6 +121,7 @@ class File:
             timeout=WAIT,
             isolation_level=None,
             check_same_thread=False,
+            cached_statements=16,  # those of whole batches are large
         )
         try:
             db.execute("PRAGMA synchronous = FULL")

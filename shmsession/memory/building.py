@@ -256,7 +256,7 @@ def open_lmdb(data: Path) -> lmdb.Environment:
     size = (data / "data.mdb").stat().st_size
     return lmdb.open(
         str(data), map_size=size, max_dbs=len(NAMES) + 1, max_readers=MAX_READERS, mode=0o700, sync=False,
-        metasync=False, readahead=False, max_spare_txns=0,
+        metasync=False, writemap=True, readahead=False, max_spare_txns=0,
     )  # fmt: skip
 
 

@@ -237,9 +237,10 @@ class Environment:
         last: int = words[LAST_PLACE]
         if not last or sequence_moment(last) > now + LEAP_MS:  # or it was lost, or damaged
             last = last_place(txn, tables, now)
-        while not txn.put(place := sequence_key(sequence_after(last, now)), handle, db=tables.outbox, overwrite=False):
-            last = max(sequence_after(last, now), last_place(txn, tables, now))
-        words[LAST_PLACE] = number(place)
+        sequence = sequence_after(last, now)
+        while not txn.put(place := sequence_key(sequence), handle, db=tables.outbox, overwrite=False):
+            sequence = max(sequence + 1, last_place(txn, tables, now) + 1)
+        words[LAST_PLACE] = sequence
         return place
 
     def raise_epoch(self, epoch: int) -> None:

@@ -82,7 +82,8 @@ def number(stored: bytes | None) -> int:
 
 def sequence_after(last: int, now: int) -> int:
     """The next number of the outbox. It tells when it was given, as far as the wall clock went forward."""
-    return max(last + 1, now << _SEQUENCE_BITS)
+    first = now << _SEQUENCE_BITS
+    return first if first > last else last + 1
 
 
 def plausible_places(now: int) -> tuple[int, int]:

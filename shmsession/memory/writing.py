@@ -150,7 +150,11 @@ class Writer:
 
     def dirty_in(self, txn: Txn, tables: Tables, handle: bytes, record: Record, *, front: bool) -> None:
         """Put a record into the outbox, at its end or in front."""
-        place = self._new_place(txn, tables, handle, front=front)
+        if front and (cursor := txn.cursor(tables.outbox)).first() and (first := number(bytes(cursor.key()))) > 1:
+            place = sequence_key(first - 1)
+            txn.put(place, handle, db=tables.outbox)
+        else:
+            place = self._environment.take_place(txn, tables, handle, self._clock.now())
         txn.put(handle, self._drafts.placed(handle, record, place).raw, db=tables.records)
 
     def renumber(self, txn: Txn, tables: Tables, handle: bytes, record: Record, header: Header) -> None:
@@ -168,12 +172,5 @@ class Writer:
         told_of = STORABLE | WITHDRAWN if flags & TOMBSTONE else STORABLE
         if not self._backend or not (flags | was) & told_of or waits(txn, tables, handle, record.raw):
             return record
-        return self._drafts.placed(handle, record, self._new_place(txn, tables, handle))
-
-    def _new_place(self, txn: Txn, tables: Tables, handle: bytes, *, front: bool = False) -> bytes:
-        """A place behind all others, or in front of them, now taken."""
-        if front and (cursor := txn.cursor(tables.outbox)).first() and (first := number(bytes(cursor.key()))) > 1:
-            place = sequence_key(first - 1)
-            txn.put(place, handle, db=tables.outbox)
-            return place
-        return self._environment.take_place(txn, tables, handle, self._clock.now())
+        place = self._environment.take_place(txn, tables, handle, self._clock.now())
+        return self._drafts.placed(handle, record, place)
