@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from ._portal import Portal
 from .backends.base import Backend, State
+from .backends.copying import copy
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
 from .flusher import Flusher
@@ -303,3 +304,15 @@ class Behind:
     async def initialize(self) -> None:
         """`Backend.initialize`, for code on any event loop."""
         await self._there().ask(self._when_ready(self._backend.initialize))
+
+    async def copy_from(self, source: Backend) -> int:
+        """See `SessionStore.copy_from`."""
+        return await self._there().ask(self._when_ready(self._copy_from, source))
+
+    async def _copy_from(self, source: Backend) -> int:
+        await self._backend.initialize()
+        try:
+            await source.open()
+            return await copy(source, self._backend)
+        finally:
+            await source.close()

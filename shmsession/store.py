@@ -317,6 +317,15 @@ class SessionStore(Finder):
         """Make the backend's tables, or migrate them. The first flush does it too. Raises BackendError, ConfigError."""
         await self.behind.initialize()
 
+    async def copy_from(self, source: str | Backend) -> int:
+        """Copy every session of another database, by URL or as an object, to the backend; how many were written.
+
+        No server may use either meanwhile: what it changes could be missing, or what it destroys live again. What is in
+        the backend and newer stays. `database_keys` must be those under which the sessions are sealed there, for they
+        are copied as they are. Raises BackendError, ConfigError; after an error call it again.
+        """
+        return await self.behind.copy_from(connect(source) if isinstance(source, str) else source)
+
     async def clear_backend(self) -> int:
         """Destroy every session that the backend has, on this host and elsewhere; returns how many it had.
 
@@ -403,6 +412,10 @@ class Sync:
     def initialize(self) -> None:
         """See `SessionStore.initialize`."""
         asyncio.run(self._store.initialize())
+
+    def copy_from(self, source: str | Backend) -> int:
+        """See `SessionStore.copy_from`."""
+        return asyncio.run(self._store.copy_from(source))
 
     def clear_backend(self) -> int:
         """See `SessionStore.clear_backend`."""

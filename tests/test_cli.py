@@ -96,6 +96,19 @@ def test_initdb_makes_the_tables_and_may_run_again(command: Run, kept: Kept) -> 
         assert kept.rows() == {}
 
 
+def test_copy_brings_the_sessions_of_another_database(
+    command: Run, place: Path, store: SessionStore, kept: Kept
+) -> None:
+    for number in range(3):
+        commit(store, number=number)
+    assert store.sync.flush()
+    process = command("copy", kept.url, SHMSESSION_BACKEND=f"sqlite:///{place}/new.db")
+    output, text = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output) == (0, "3 sessions were copied\n"), text
+    before, kept.url = kept.rows(), f"sqlite:///{place}/new.db"
+    assert kept.rows() == before
+
+
 def test_stats_are_json(command: Run, store: SessionStore) -> None:
     commit(store, a=1)
     output, text = command("stats").communicate(timeout=PATIENCE)
@@ -137,6 +150,8 @@ def test_a_store_is_named_by_module_and_attribute_in_the_working_directory(
     [
         (("flusher",), {"SHMSESSION_BACKEND": ""}, "this store has no backend: set SHMSESSION_BACKEND"),
         (("initdb",), {"SHMSESSION_BACKEND": "mongodb://x"}, "no backend is known for mongodb://"),
+        (("copy", "mongodb://ada:hunter2@x"), {}, "no backend is known for mongodb://"),
+        (("copy", "sqlite:///nowhere.db"), {}, "nowhere.db is not there"),
         (("stats", "nothing:here"), {}, "Write module:attribute, such as app:store"),
         (("initdb",), {"SHMSESSION_BACKEND": "sqlite:///nowhere/x.db"}, "nowhere"),
         (

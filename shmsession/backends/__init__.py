@@ -7,8 +7,9 @@ from typing import Any, Final, NamedTuple, cast
 from shmsession.errors import ConfigError
 
 from .base import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State, wins
+from .copying import copy
 
-__all__ = ["FOREVER", "SENTINEL", "Answer", "Backend", "Mark", "Row", "State", "connect", "wins"]
+__all__ = ["FOREVER", "SENTINEL", "Answer", "Backend", "Mark", "Row", "State", "connect", "copy", "wins"]
 
 
 class _Kind(NamedTuple):
