@@ -121,11 +121,11 @@ class Sentinel:
         if before is None or not answer.applied:
             # All was lost; or another flusher was faster, or another store took over.
             self.greeted = None
-        if not answer.applied:
-            return
         if before is None or (before.epoch, before.version) < (row.epoch, row.version - 1):
+            # Of several servers another may have refused it.
             self._outbox.note_loss()
-        self._outbox.raise_note(_BEAT, row.version)
+        if answer.applied:
+            self._outbox.raise_note(_BEAT, row.version)
 
     def _is_ours(self, sentinel: Row) -> bool:
         """Whether this incarnation wrote it. Raises Neighbour when another store, that is alive, did."""

@@ -1,4 +1,4 @@
-"""What `lmdb.verify` leaves open and LMDB's writers rely on: that a page's nodes lie side by side.
+"""What `lmdb.verify` leaves open and its writers rely on: nodes of a page lie side by side, and metas take turns.
 
 Deleting a node moves the others by the size that it claims; one that claims a wrong size makes LMDB overwrite its own
 memory. Only for files that `verify` has passed: pages, offsets and the tree itself are taken for sound here.
@@ -24,6 +24,9 @@ _FREE_LIST_FLAGS: Final = 0x08
 
 _META = struct.Struct("=II16x")
 _DB = struct.Struct("=IHHQQQQQ")
+_METAS: Final = _PAGE_HEADER + _META.size
+"""Where in a meta page the free list, the tree of tables, the last page and the transaction begin."""
+_TRANSACTION = struct.Struct("=Q")
 _NODE = struct.Struct("=HHHH")
 
 
@@ -42,22 +45,19 @@ def problem_in(data: Path) -> str | None:
         head = os.pread(descriptor, 4096, 0)
         if _META.unpack_from(head, _PAGE_HEADER)[0] != _MAGIC:
             return None
-        page_size, databases = _databases(descriptor, head)
+        page_size: int = _DB.unpack_from(head, _METAS)[0]
+        metas = [head, os.pread(descriptor, 4096, page_size)]
+        first, second = (_TRANSACTION.unpack_from(meta, _METAS + 2 * _DB.size + 8)[0] for meta in metas)
+        # They take turns. One out of turn makes LMDB's writers begin with the other one's tree.
+        if first % 2 or (second and not second % 2) or abs(first - second) > 1:
+            return "its two metas are not those of the last two transactions"
+        newest = metas[second > first]
+        databases = [_DB.unpack_from(newest, _METAS + offset) for offset in (0, _DB.size)]
         if [database[1] for database in databases] != [_FREE_LIST_FLAGS, 0]:
             return "the trees are not of the kind that they are"
         return _walk(descriptor, page_size, [database[-1] for database in databases])
     finally:
         os.close(descriptor)
-
-
-def _databases(descriptor: int, head: bytes) -> tuple[int, list[tuple[int, ...]]]:
-    """The page size, and what the newer of the two metas says of the free list and of the tree of tables."""
-    base = _PAGE_HEADER + _META.size
-    page_size: int = _DB.unpack_from(head, base)[0]
-    metas = [head, os.pread(descriptor, 4096, page_size)]
-    transaction = struct.Struct("=Q")
-    newest = max(metas, key=lambda meta: transaction.unpack_from(meta, base + 2 * _DB.size + 8)[0])
-    return page_size, [_DB.unpack_from(newest, base + offset) for offset in (0, _DB.size)]
 
 
 def _walk(descriptor: int, page_size: int, roots: list[int]) -> str | None:
