@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.databases import PostgresServer, RedisServer
+from tests.databases import MariaDBServer, PostgresServer, RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +59,24 @@ def postgres_database(postgres: PostgresServer) -> Iterator[str]:
     name = postgres.create_database()
     yield name
     postgres.revive().drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def _mariadb_server() -> Iterator[MariaDBServer]:
+    server = MariaDBServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def mariadb(_mariadb_server: MariaDBServer) -> MariaDBServer:
+    """A MariaDB. Tests may kill, freeze and restart it."""
+    return _mariadb_server.revive()
+
+
+@pytest.fixture
+def mariadb_database(mariadb: MariaDBServer) -> Iterator[str]:
+    """The name of an empty database of its own."""
+    name = mariadb.create_database()
+    yield name
+    mariadb.revive().drop_database(name)

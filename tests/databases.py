@@ -1,13 +1,15 @@
-"""Throw-away PostgreSQL and Redis servers on unix sockets, which tests may kill, stop and start again.
+"""Throw-away PostgreSQL, MariaDB and Redis servers on unix sockets, which tests may kill, stop and start again.
 
 What a server keeps is in a directory of its own, short-named, for socket paths stop at 107 bytes. Start servers in the
 main thread only: they die with the thread that started them, so that none outlives the tests.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -15,10 +17,12 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
+import asyncmy
 import psycopg
 from psycopg import sql
 
@@ -27,17 +31,21 @@ from tests.servers import PATIENCE, alive, children, new_place, wait_for
 _PR_SET_PDEATHSIG: Final = 1
 _DEBIAN: Final = ("/usr/lib/postgresql", "*/bin")
 """Where Debian keeps PostgreSQL's programs, which are not on PATH."""
+_SBIN: Final = "/usr/sbin"
+"""Where it keeps MariaDB's; only root has it on PATH."""
 
 
 def program(*names: str) -> str:
     """The path of the first of these programs that there is."""
     debian = sorted(Path(_DEBIAN[0]).glob(_DEBIAN[1]), key=lambda path: float(path.parent.name), reverse=True)
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, debian)])
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, debian), _SBIN])
     for name in names:
         found = shutil.which(name, path=path)
         if found:
             return found
-    raise AssertionError(f"found no {names[0]}: ./dev test installs it; Debian has it in postgresql and redis-tools")
+    raise AssertionError(
+        f"found no {names[0]}: ./dev test installs it; Debian has it in postgresql, mariadb-server-core and redis-tools"
+    )
 
 
 def _dying(number: int) -> Callable[[], object] | None:
@@ -314,3 +322,92 @@ class PostgresServer(DatabaseServer):
             with contextlib.suppress(AssertionError):
                 self.start()
         super().close()
+
+
+class MariaDBServer(DatabaseServer):
+    """A MariaDB. Its superuser, root, needs no password; everybody else does."""
+
+    _numbers = count(1)
+    _TABLES: ClassVar = ("mysql_system_tables.sql", "mysql_performance_tables.sql", "mysql_system_tables_data.sql")
+
+    def __init__(self, *options: str) -> None:
+        super().__init__()
+        self.options = options
+        self.socket = str(self.place / "mysql")
+        self.data = self.place / "data"
+
+    def url(self, database: str = "mysql", user: str = "root", password: str | None = None) -> str:
+        secret = f":{password}" if password is not None else ""
+        return f"mysql://{user}{secret}@localhost/{database}?unix_socket={self.socket}"
+
+    def _base(self) -> Path:
+        """Where its share/mysql is: beside the program, be that installed, or started where it was unpacked."""
+        found = program("mariadbd")
+        starter = re.search(r"exec '(.*?)'", Path(found).read_bytes()[:4096].decode(errors="replace"))
+        return Path(starter[1] if starter else found).parents[1]
+
+    def _common(self) -> list[str]:
+        """The program, and what it needs to work on the same data."""
+        settings = {
+            "basedir": self._base(), "datadir": self.data, "innodb-data-file-path": "ibdata1:1M:autoextend",
+            "innodb-log-file-size": "16M", "innodb-buffer-pool-size": "32M",
+        }  # fmt: skip
+        root = ["--user=root"] if os.geteuid() == 0 else []
+        return [program("mariadbd"), "--no-defaults", *root, *(f"--{name}={value}" for name, value in settings.items())]
+
+    def _command(self) -> list[str]:
+        """Durable against all that can happen here, which is less than the loss of power."""
+        flags = [f"--socket={self.socket}", "--skip-networking", "--innodb-flush-log-at-trx-commit=2"]
+        return [*self._common(), *flags, "--max-connections=60", *self.options]
+
+    def _initialize(self) -> None:
+        """As mysql_install_db does it."""
+        self.data.mkdir()
+        tables = "".join((self._base() / "share" / "mysql" / name).read_text() for name in self._TABLES)
+        done = subprocess.run(
+            [*self._common(), "--bootstrap"], input=f"CREATE DATABASE mysql;\nUSE mysql;\n{tables}",
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"MariaDB was not set up:\n{done.stderr}"
+
+    def start(self) -> Self:
+        if not self.data.exists():
+            self._initialize()
+        return super().start()
+
+    def _answers(self) -> bool:
+        try:
+            self.run("SELECT 1")
+        except asyncmy.errors.OperationalError:
+            return False
+        return True
+
+    def run(self, statements: str, database: str = "mysql") -> list[tuple[Any, ...]]:
+        """What the last of these statements of the superuser's returns; a line that ends with ; ends one."""
+
+        async def run() -> list[tuple[Any, ...]]:
+            async with asyncio.timeout(PATIENCE), await self.connect(database) as connection:
+                cursor = connection.cursor()
+                for statement in statements.split(";\n"):
+                    await cursor.execute(statement)
+                return list(await cursor.fetchall())
+
+        with ThreadPoolExecutor(1) as thread:  # a test may have an event loop here
+            return thread.submit(asyncio.run, run()).result()
+
+    async def connect(self, database: str = "mysql") -> Any:
+        """A connection of the superuser, one transaction for each statement."""
+        return await asyncmy.connect(unix_socket=self.socket, user="root", database=database, autocommit=True)
+
+    def create_database(self) -> str:
+        """The name of a new, empty database."""
+        name = f"test{next(self._numbers)}"
+        self.run(f"CREATE DATABASE {name}")
+        return name
+
+    def drop_database(self, name: str) -> None:
+        """Remove it, whoever is connected to it."""
+        for (number,) in self.run(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'"):
+            with contextlib.suppress(asyncmy.errors.OperationalError):  # it has just ended
+                self.run(f"KILL {number}")
+        self.run(f"DROP DATABASE IF EXISTS {name}")

@@ -10,12 +10,13 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from shmsession import SessionStore, backends
-from shmsession.backends import Row, State, connect
+from shmsession.backends import Row, State, connect, mysql_address
 from shmsession.backends import postgres as postgres_module
+from shmsession.backends.mysql import MySQLBackend
 from shmsession.backends.postgres import PostgresBackend
 from shmsession.backends.sqlite import SQLiteBackend
 from shmsession.errors import BackendError, ConfigError
-from tests.databases import PostgresServer
+from tests.databases import MariaDBServer, PostgresServer
 from tests.documents import ROOT, blocks, code, marked, rows
 from tests.properties import child_environment
 
@@ -27,7 +28,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "write": ([ROW],), "load": (ROW.handle,), "sessions_of": (ROW.user,), "sweep": (2, 9)
 }  # fmt: skip
 SECRET = "hunter2"
-KNOWN = ("sqlite:///", "postgresql://", "postgres://", "redis://", "rediss://", "unix:///")
+KNOWN = ("sqlite:///", "postgresql://", "postgres://", "mysql://", "mariadb://", "redis://", "rediss://", "unix:///")
 
 
 def test_a_url_gives_the_backend_of_its_scheme_with_the_options_of_its_class() -> None:
@@ -41,8 +42,8 @@ def test_a_url_gives_the_backend_of_its_scheme_with_the_options_of_its_class() -
 
 @pytest.mark.parametrize(
     ("scheme", "name"),
-    [("postgresql", "PostgresBackend"), ("postgres", "PostgresBackend"), ("redis", "RedisBackend"),
-     ("rediss", "RedisBackend")],
+    [("postgresql", "PostgresBackend"), ("postgres", "PostgresBackend"), ("mysql", "MySQLBackend"),
+     ("mariadb", "MySQLBackend"), ("redis", "RedisBackend"), ("rediss", "RedisBackend")],
 )  # fmt: skip
 def test_every_network_backend_is_reached_by_its_schemes(scheme: str, name: str) -> None:
     assert type(connect(f"{scheme}://ada:{SECRET}@localhost/1")).__name__ == name
@@ -54,6 +55,7 @@ def test_every_network_backend_is_reached_by_its_schemes(scheme: str, name: str)
     [
         ("sqlite:///s.db?table=shop&timeout=2", ", table shop>"),
         ("postgresql://localhost/app?table=shop&sslmode=require&timeout=2", " postgresql://localhost/app, shop>"),
+        ("mariadb://a@localhost/app?table=shop&timeout=2", "<MySQLBackend mysql://localhost:3306/app, shop>"),
         ("redis://localhost?prefix=shop&timeout=2", "<RedisBackend redis://localhost:6379/0, prefix 'shop'>"),
         ("unix:///run/redis.sock?db=1&prefix=shop", ", prefix 'shop'>"),
     ],
@@ -99,6 +101,10 @@ def test_what_the_url_says_to_libpq_is_not_changed_by_an_option() -> None:
         ("postgresql:///app?timeout=soon", "timeout= must be"), ("postgresql:///app?timeout=nan", "timeout= must be"),
         ("postgresql:///app?timeout=inf", "timeout= must be"), ("postgresql:///app?max_size=0", "timeout= must be"),
         ("postgresql:///app?max_size=2.5", "timeout= must be"), ("postgresql:///app?tabel=shop", "no PostgreSQL URL"),
+        ("mysql://a@h/app?table=a-b", "table= must be"), ("mysql://a@h/app?table=a%60b", "table= must be"),
+        ("mysql://a@h/app?timeout=0", "timeout= must be"), ("mysql://a@h/app?max_size=2.5", "timeout= must be"),
+        ("mysql://a@h/app?ssl_verify=maybe", "ssl_verify= must be"), ("mysql://a@h/app?ssl_key=k", "ssl_key= is of no"),
+        ("mysql://a@h/app?tabel=shop", "no MySQL URL"),
         ("redis://h?prefix=a%20b", "prefix= must be"), ("redis://h?timeout=0", "timeout= must be"),
     ],
 )  # fmt: skip
@@ -113,10 +119,18 @@ def test_the_documented_options_of_postgresql_are_those_there_are() -> None:
     assert {code(row[0])[0]: code(row[1])[0] for row in rows(marked(PAGE, "postgres options"))} == expected
 
 
+def test_the_documented_options_of_mysql_are_those_there_are() -> None:
+    _, *parameters = inspect.signature(MySQLBackend).parameters.values()
+    expected = {parameter.name: str(parameter.default) for parameter in parameters}
+    found = {code(row[0])[0]: code(row[1])[0] if code(row[1]) else "" for row in rows(marked(PAGE, "mysql options"))}
+    assert found == expected
+    assert set(found) == set(mysql_address._OPTIONS)
+
+
 def test_the_documented_grants_are_enough_for_a_user_who_did_not_make_the_tables(
     postgres: PostgresServer, postgres_database: str
 ) -> None:
-    (grants,) = [block.text for block in blocks(PAGE, "text") if "GRANT" in block.text]
+    (grants,) = [block.text for block in blocks(PAGE, "text") if "GRANT USAGE ON SCHEMA" in block.text]
 
     async def play(url: str, *questions: str) -> None:
         backend = connect(url)
@@ -149,6 +163,35 @@ def test_the_documented_grants_are_enough_for_a_user_who_did_not_make_the_tables
         )
     finally:
         postgres.revive().run("DROP OWNED BY shop; DROP ROLE shop", database)
+
+
+def test_the_documented_grants_are_enough_on_mysql_too(mariadb: MariaDBServer, mariadb_database: str) -> None:
+    (grants,) = [block.text for block in blocks(PAGE, "text") if "GRANT SELECT ON app." in block.text]
+    user = f"shop_{mariadb_database}"
+
+    async def play(url: str) -> None:
+        backend = connect(url)
+        await backend.open()
+        try:
+            await backend.initialize()
+            for question in ("write", "load", "sessions_of", "count", "clear", "sweep"):
+                await getattr(backend, question)(*ARGUMENTS.get(question, ()))
+            assert [handle async for handle in backend.handles()] == []
+        finally:
+            await backend.close()
+
+    asyncio.run(play(mariadb.url(mariadb_database)))
+    found = mariadb.run("SHOW TABLES", mariadb_database)
+    assert {name for (name,) in found} == {"shmsession", "shmsession_meta"}
+    mariadb.run(f"CREATE USER {user}@localhost IDENTIFIED BY '{SECRET}'")
+    try:
+        with pytest.raises(BackendError, match="error 1044"):
+            asyncio.run(play(mariadb.url(mariadb_database, user, SECRET)))
+        granted = grants.strip().removesuffix(";")
+        mariadb.run(granted.replace("app.", f"{mariadb_database}.").replace("TO shop", f"TO {user}@localhost"))
+        asyncio.run(play(mariadb.url(mariadb_database, user, SECRET)))
+    finally:
+        mariadb.revive().run(f"DROP USER {user}@localhost")
 
 
 def test_a_socket_is_a_redis() -> None:
@@ -188,7 +231,7 @@ def test_an_empty_variable_is_told_how_to_say_memory_only(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("driver", "scheme", "extra"),
     [("psycopg", "postgresql", "postgres"), ("psycopg", "postgres", "postgres"),
-     ("psycopg_pool", "postgres", "postgres"),
+     ("psycopg_pool", "postgres", "postgres"), ("asyncmy", "mysql", "mysql"), ("asyncmy", "mariadb", "mysql"),
      ("redis", "redis", "redis"), ("redis", "rediss", "redis"), ("redis", "unix", "redis")],
 )  # fmt: skip
 def test_a_missing_driver_is_an_error_that_says_what_to_install(driver: str, scheme: str, extra: str) -> None:
@@ -217,7 +260,8 @@ def test_no_driver_is_imported_before_it_is_asked_for() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=child_environment()
     )
     assert "'sqlite3'" in done.stdout
-    assert not {"'psycopg'", "'psycopg_pool'", "'redis'", "'asyncpg'"} & set(done.stdout.strip("[]\n").split(", "))
+    imported = set(done.stdout.strip("[]\n").split(", "))
+    assert not {"'psycopg'", "'psycopg_pool'", "'asyncmy'", "'redis'", "'asyncpg'"} & imported
 
 
 def test_an_import_that_fails_inside_the_package_is_no_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:

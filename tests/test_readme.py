@@ -19,7 +19,7 @@ import pytest
 import shmsession
 from shmsession import Key
 from shmsession.backends import connect
-from tests.databases import PostgresServer, RedisServer
+from tests.databases import MariaDBServer, PostgresServer, RedisServer
 from tests.documents import README, ROOT, blocks, code, rows
 from tests.servers import Browser, Unanswered, alive, children, wait_for
 
@@ -153,16 +153,17 @@ def test_every_database_line_is_of_the_server_that_the_line_above_starts() -> No
             url = command[0].removeprefix("SHMSESSION_BACKEND=")
             assert connect(url).remote
             parts = urlsplit(url)
-            port = {"postgresql": 5432, "redis": 6379}[parts.scheme]
+            port = {"postgresql": 5432, "mysql": 3306, "redis": 6379}[parts.scheme]
             assert (parts.hostname, parts.port) == ("127.0.0.1", None)
             assert f"127.0.0.1:{port}:{port}" in container, "nobody else is to reach it"
-            assert parts.password is None or f"POSTGRES_PASSWORD={parts.password}" in container
+            words = {f"POSTGRES_PASSWORD={parts.password}", f"MARIADB_ROOT_PASSWORD={parts.password}"}
+            assert parts.password is None or words & set(container)
             found.append(url)
     assert found == list(backends())
-    assert len(found) == 2
+    assert len(found) == 3
 
 
-@pytest.mark.parametrize("scheme", ["postgresql", "redis", "sqlite"])
+@pytest.mark.parametrize("scheme", ["postgresql", "mysql", "redis", "sqlite"])
 def test_on_each_database_a_visitor_goes_on_when_the_memory_is_lost(scheme: str, place: Path) -> None:
     """The lines of README.md, on servers of our own."""
     (words,) = [words for url, words in backends().items() if url.startswith(scheme)] or commands()[:1]
@@ -170,6 +171,9 @@ def test_on_each_database_a_visitor_goes_on_when_the_memory_is_lost(scheme: str,
         if scheme == "postgresql":
             postgres = stack.enter_context(PostgresServer())
             url = postgres.url(postgres.create_database())
+        elif scheme == "mysql":
+            mariadb = stack.enter_context(MariaDBServer())
+            url = mariadb.url(mariadb.create_database())
         elif scheme == "redis":
             url = stack.enter_context(RedisServer(*RedisServer.DURABLE)).url
         else:

@@ -19,18 +19,21 @@ class _Kind(NamedTuple):
 
 
 _POSTGRES: Final = _Kind("postgres", "PostgresBackend", "postgres")
+_MYSQL: Final = _Kind("mysql", "MySQLBackend", "mysql")
 _REDIS: Final = _Kind("redis", "RedisBackend", "redis")
 _KINDS: Final = {
     "sqlite": _Kind("sqlite", "SQLiteBackend"),
     "postgresql": _POSTGRES,
     "postgres": _POSTGRES,
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
     "redis": _REDIS,
     "rediss": _REDIS,
     "unix": _REDIS,
 }
 _EXAMPLES: Final = (
-    "sqlite:///file, postgresql://host/database (or postgres://), redis://host, rediss://host (with TLS) or "
-    "unix:///socket (Redis on a socket)"
+    "sqlite:///file, postgresql://host/database (or postgres://), mysql://user@host/database (or mariadb://), "
+    "redis://host, rediss://host (with TLS) or unix:///socket (Redis on a socket)"
 )
 
 
