@@ -13,10 +13,10 @@ from shmsession.backends import SENTINEL, Backend, Row, State, connect
 from shmsession.lease import Lease
 from shmsession.record import STORABLE, TOMBSTONE, Record
 from shmsession.rows import Rows
-from tests.databases import PostgresServer, RedisServer
+from tests.databases import MariaDBServer, PostgresServer, RedisServer
 from tests.servers import wait_for
 
-BACKENDS = ["sqlite", "postgres", "redis"]
+BACKENDS = ["sqlite", "postgres", "mysql", "redis"]
 
 
 class Kept:
@@ -32,7 +32,7 @@ class Kept:
             self.server = RedisServer(*RedisServer.DURABLE)
             self.url = self.server.url
         else:
-            self.server = PostgresServer()
+            self.server = PostgresServer() if name == "postgres" else MariaDBServer()
             self.url = ""
 
     def __enter__(self) -> Self:
@@ -45,6 +45,11 @@ class Kept:
     def __exit__(self, *_: object) -> None:
         if self.server is not None:
             self.server.close()
+
+    @property
+    def database(self) -> str:
+        """Its name, on a server that has several."""
+        return self.url.partition("?")[0].rpartition("/")[2]
 
     def ask(self, question: Callable[[Backend], Any]) -> Any:
         """What an object of our own, on a loop of its own, answers."""
@@ -146,6 +151,8 @@ class Watch:
         self._kept.ask(lambda backend: backend.initialize())  # the server's own may not have come to it
         if self._kept.name == "sqlite":
             watch_sqlite(self._kept.file)
+        elif self._kept.name == "mysql":
+            watch_mysql(self._kept.server, self._kept.database)
         self._thread.start()
         return self
 
@@ -162,6 +169,17 @@ def watch_sqlite(file: Path) -> None:
             "WHEN (OLD.state = 3 AND NEW.state != 3) OR (NEW.state != 3 AND (NEW.epoch, NEW.version) < "
             "(OLD.epoch, OLD.version)) BEGIN SELECT raise(ABORT, 'a row went back'); END"
         )
+
+
+def watch_mysql(server: MariaDBServer, database: str) -> None:
+    """The same."""
+    server.run(
+        "CREATE TRIGGER no_step_back BEFORE UPDATE ON shmsession FOR EACH ROW "
+        "IF (OLD.state = 3 AND NEW.state <> 3) OR NEW.horizon < OLD.horizon OR (NEW.state <> 3 AND "
+        "(NEW.epoch, NEW.version) < (OLD.epoch, OLD.version)) "
+        "THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'a row went back'; END IF",
+        database,
+    )
 
 
 def lease_holder(store: SessionStore) -> int:

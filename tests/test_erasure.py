@@ -19,7 +19,7 @@ from redis import Redis
 from shmsession import Key, Session, SessionConfig, SessionMode, SessionStore
 from shmsession.memory.tables import Tables, Txn
 from tests.asking import PROTOCOLS, Visitor
-from tests.databases import PostgresServer, RedisServer
+from tests.databases import MariaDBServer, PostgresServer, RedisServer
 from tests.kept import wait_for_empty_outbox
 from tests.servers import GTHREAD, Serve, wait_for
 
@@ -100,6 +100,33 @@ class InPostgres:
         return self._server.run(statement, self._name)
 
 
+class InMySQL:
+    """All files of a database. A rebuilt table is a new file.
+
+    What InnoDB keeps for all databases together is left out: the redo log, the undo log and the doublewrite buffer are
+    its history, from which it recovers, and are written over in time.
+    """
+
+    def __init__(self, server: MariaDBServer, name: str) -> None:
+        self.url, self._server, self._name = server.url(name), server, name
+
+    def told(self) -> bytes:
+        tables = self._run("SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()")
+        statistics = self._run("SELECT * FROM mysql.column_stats WHERE db_name = DATABASE()")
+        return _bytes([*statistics, *(row for (table,) in tables for row in self._run(f"SELECT * FROM {table}"))])
+
+    def keep_house(self) -> None:
+        self._run("OPTIMIZE TABLE shmsession")
+        self._run("ANALYZE TABLE shmsession PERSISTENT FOR ALL")
+
+    def files(self) -> bytes:
+        self._run("FLUSH TABLES shmsession FOR EXPORT;\nUNLOCK TABLES")  # what was written is in memory first
+        return _read((self._server.data / self._name).iterdir())
+
+    def _run(self, statement: str) -> list[tuple[Any, ...]]:
+        return self._server.run(statement, self._name)
+
+
 class InRedis:
     """Every key of every database, and the append-only file; the part of keeping house is to write that anew."""
 
@@ -151,12 +178,14 @@ def _read(paths: Iterable[Path]) -> bytes:
     return b"".join(path.read_bytes() for path in paths if path.is_file())
 
 
-@pytest.fixture(params=["sqlite", "postgres", "redis"])
+@pytest.fixture(params=["sqlite", "postgres", "mysql", "redis"])
 def behind(request: pytest.FixtureRequest, place: Path) -> Behind:
     if request.param == "sqlite":
         return InSQLite(place / "sessions.db")
     if request.param == "redis":
         return InRedis(request.getfixturevalue("durable_redis"))
+    if request.param == "mysql":
+        return InMySQL(request.getfixturevalue("mariadb"), request.getfixturevalue("mariadb_database"))
     return InPostgres(request.getfixturevalue("postgres"), request.getfixturevalue("postgres_database"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncmy
 import pytest
 
 from shmsession import SessionStore
@@ -103,6 +104,12 @@ def test_a_step_back_is_seen_by_whoever_watches(kept: Kept) -> None:
                 file.execute("UPDATE shmsession SET version = 3")
                 with pytest.raises(sqlite3.IntegrityError, match="went back"):
                     file.execute("UPDATE shmsession SET version = 1")
+        elif kept.name == "mysql":
+            row = Row(bytes(19) + b"2", State.LIVE, 1, 2, 2**40)
+            kept.ask(lambda backend: backend.write([row]))
+            kept.server.run("UPDATE shmsession SET version = 3", kept.database)
+            with pytest.raises(asyncmy.errors.OperationalError, match="went back"):
+                kept.server.run("UPDATE shmsession SET version = 1", kept.database)
     assert len(watch.backwards) == 1
 
 
@@ -127,7 +134,7 @@ def test_a_redis_that_forgets_everything_is_recognised_and_filled_again(serve: S
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["postgres", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
 def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_nothing(
     serve: Serve, kept: Kept, place: Path
 ) -> None:
@@ -136,6 +143,9 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
     (place / "proxy").mkdir()
     if kept.name == "redis":
         socket, target, url = place / "proxy" / "redis", kept.server.socket, f"unix://{place}/proxy/redis?db=0"
+    elif kept.name == "mysql":
+        socket, target = place / "proxy" / "mysql", kept.server.socket
+        url = kept.url.replace(target, str(socket))
     else:
         socket, target = place / "proxy" / ".s.PGSQL.5432", f"{kept.server.place}/.s.PGSQL.5432"
         url = kept.url.replace(str(kept.server.place), str(place / "proxy"))
@@ -163,7 +173,7 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["postgres", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
 def test_an_outage_of_the_database_is_not_noticed_by_those_whose_sessions_are_in_memory(
     serve: Serve, kept: Kept, closing: Closing
 ) -> None:
@@ -295,7 +305,7 @@ def test_with_a_file_of_sqlite_the_generated_key_stays_beside_it(serve: Serve, p
         assert browser.get("/whoami").json["user"] == "ada"
 
 
-@pytest.mark.parametrize("kept", ["postgres", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
 def test_while_the_database_is_down_a_session_that_only_it_has_is_a_503_and_never_an_empty_one(
     serve: Serve, kept: Kept
 ) -> None:

@@ -44,7 +44,6 @@ from shmsession.session import Session
 from shmsession.signalling import BACKOFF_MS, is_down
 from shmsession.wsgi import SessionMiddleware as WSGIMiddleware
 from tests.backends import Host, MemoryBackend, run, values_in
-from tests.databases import PostgresServer, RedisServer
 from tests.kept import BACKENDS, Kept
 from tests.memory import HOUR, Child, check_tables, handle, waiting
 from tests.servers import PATIENCE, wait_for
@@ -775,8 +774,9 @@ def _damage(kept: Kept, key: bytes | None) -> None:
         with contextlib.closing(sqlite3.connect(kept.file)) as db, db:
             db.execute("UPDATE shmsession SET state = 7 WHERE handle = ?", (key,))
     elif kept.name == "postgres":
-        database = kept.url.partition("?")[0].rpartition("/")[2]
-        kept.server.run(f"UPDATE shmsession SET state = 7 WHERE handle = '\\x{key.hex()}'", database)
+        kept.server.run(f"UPDATE shmsession SET state = 7 WHERE handle = '\\x{key.hex()}'", kept.database)
+    elif kept.name == "mysql":
+        kept.server.run(f"UPDATE shmsession SET state = 7 WHERE handle = x'{key.hex()}'", kept.database)
     else:
         assert kept.server.ask("SETRANGE", f"shmsession:row:{key.hex()}", "0", "7").startswith(b":")
 
@@ -846,18 +846,15 @@ def test_what_is_asked_for_after_all_was_destroyed_is_found(host: Host) -> None:
 
 
 @pytest.mark.parametrize("how", ["an object", "a URL", "a URL, closed first in the child"])
-@pytest.mark.parametrize("name", ["postgres", "redis"])
+@pytest.mark.parametrize("name", ["postgres", "mariadb", "redis"])
 def test_parent_and_children_go_on_with_connections_of_their_own(
     request: pytest.FixtureRequest, new_store: NewStore, name: str, how: str
 ) -> None:
     """The parent has loaded by the time it forks, as an application does that is preloaded."""
     if name == "redis":
-        server: RedisServer | PostgresServer = request.getfixturevalue("redis_server")
         url = request.getfixturevalue("redis_server").url
     else:
-        server = request.getfixturevalue("postgres")
-        url = request.getfixturevalue("postgres").url(request.getfixturevalue("postgres_database"))
-    assert server.is_running
+        url = request.getfixturevalue(name).url(request.getfixturevalue(f"{name}_database"))
     first = new_store(url)
     ids = [saved(first, v=number).id for number in range(31)]
     assert first.sync.flush(PATIENCE)
@@ -889,11 +886,13 @@ def _values(store: SessionStore, ids: list[str | None]) -> list[Any]:
 # ── a database that stands still, and one that vanishes ───────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("name", ["postgres", "mariadb"])
 def test_a_frozen_database_keeps_a_load_and_a_close_no_longer_than_they_may_take(
-    postgres: PostgresServer, postgres_database: str, new_store: NewStore
+    request: pytest.FixtureRequest, name: str, new_store: NewStore
 ) -> None:
     """psycopg would ask the server to cancel, which is the one that does not answer, for 10 s."""
-    url = f"{postgres.url(postgres_database)}&timeout=1"
+    server: Any = request.getfixturevalue(name)
+    url = f"{server.url(request.getfixturevalue(f'{name}_database'))}&timeout=1"
     first = new_store(url).open()
     one, other = saved(first, v=1), saved(first, v=2)
     assert first.sync.flush(PATIENCE)
@@ -902,7 +901,7 @@ def test_a_frozen_database_keeps_a_load_and_a_close_no_longer_than_they_may_take
     assert one.id is not None
     assert other.id is not None
     assert store.session(one.id)["v"] == 1
-    postgres.freeze()
+    server.freeze()
     try:
         begin = time.monotonic()
         with pytest.raises(BackendUnavailable):
@@ -912,8 +911,8 @@ def test_a_frozen_database_keeps_a_load_and_a_close_no_longer_than_they_may_take
         ending(store.close)
         closed = time.monotonic() - begin
     finally:
-        postgres.thaw()
-    print(f"load {took:.2f} s, close {closed:.2f} s, {postgres}")
+        server.thaw()
+    print(f"load {took:.2f} s, close {closed:.2f} s, {server}")
     assert took < 4
     assert closed < 9
 
@@ -993,9 +992,9 @@ def test_a_file_of_sqlite_that_is_removed_is_filled_once_somebody_makes_it_again
 
 
 @pytest.mark.parametrize("mark", ["@", "/", "@@", "/@", "@/"])
-@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "mysql", "mariadb"])
 def test_a_password_that_is_not_encoded_is_a_config_error_that_shows_nothing_of_it(scheme: str, mark: str) -> None:
-    """libpq would take its tail for a host, whose name stands in logs."""
+    """Its tail would be taken for a host, whose name stands in logs."""
     for url in (
         f"{scheme}://shop:top{mark}hunter2@db.example/shop", f"{scheme}://shop:top{mark}hunter2@db.example:5432/shop",
         f"{scheme}://shop:{mark}hunter2@db.example/shop?sslmode=require",
@@ -1011,7 +1010,7 @@ def test_a_password_that_is_not_encoded_is_a_config_error_that_shows_nothing_of_
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1", "soon"])
-@pytest.mark.parametrize("url", ["redis://localhost", "unix:///run/redis", "postgresql:///app"])
+@pytest.mark.parametrize("url", ["redis://localhost", "unix:///run/redis", "postgresql:///app", "mysql://a@h/app"])
 def test_a_timeout_that_is_no_time_is_refused(url: str, value: str) -> None:
     """With nan every question would end at once, or never."""
     with pytest.raises(ConfigError):
