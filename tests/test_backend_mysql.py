@@ -13,7 +13,7 @@ import asyncmy
 import pytest
 from asyncmy.connection import Connection as Driver
 
-from shmsession.backends import Answer, Backend, Mark, Row, State, connect, mysql_pool
+from shmsession.backends import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State, connect, mysql_pool
 from shmsession.backends.mysql import SCHEMA, MySQLBackend
 from shmsession.backends.mysql_address import Address, parsed
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
@@ -518,6 +518,18 @@ async def test_a_batch_is_parted_as_the_servers_packets_demand(url: str, setting
         rows = [live(number, body=bytes([number]) * (number * 75)) for number in range(100)]
         assert await backend.write(rows) == [Answer(True, None)] * 100
         assert [await backend.load(row.handle) for row in rows] == rows
+
+
+@asynchronous
+async def test_the_sentinel_comes_after_all_else_of_a_batch(url: str, settings: Callable[..., None]) -> None:
+    """What a server that is replaced loses of a batch cannot be hidden by it."""
+    settings(max_allowed_packet=16 << 10)
+    sentinel, *rows = Row(SENTINEL, State.LIVE, 1, 1, FOREVER), *(live(n, body=bytes(1 << 10)) for n in range(30))
+    large = Row(b"\xff" * 20, State.LIVE, 1, 1, LATER, b"", bytes(8 << 10))
+    async with opened(url) as backend:
+        await fails(backend.write([sentinel, *rows, large]), BackendError)
+        assert await backend.load(min(row.handle for row in rows)) is not None
+        assert await backend.load(SENTINEL) is None
 
 
 @asynchronous
