@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
+from tests.redis_clusters import RedisCluster
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,20 @@ def durable_redis(_redis_servers: Callable[..., RedisServer]) -> RedisServer:
     server = _redis_servers(*RedisServer.DURABLE)
     server.empty()
     return server
+
+
+@pytest.fixture(scope="session")
+def _redis_cluster() -> Iterator[RedisCluster]:
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def redis_cluster(_redis_cluster: RedisCluster) -> RedisCluster:
+    """An empty cluster of three masters and their replicas. Tests may kill, freeze, promote and restart its nodes."""
+    cluster = _redis_cluster.revive()
+    cluster.empty()
+    return cluster
 
 
 @pytest.fixture(scope="session")

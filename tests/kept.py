@@ -14,9 +14,10 @@ from shmsession.lease import Lease
 from shmsession.record import STORABLE, TOMBSTONE, Record
 from shmsession.rows import Rows
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
+from tests.redis_clusters import RedisCluster
 from tests.servers import wait_for
 
-BACKENDS = ["sqlite", "postgres", "mysql", "redis"]
+BACKENDS = ["sqlite", "postgres", "mysql", "redis", "redis-cluster"]
 
 
 class Kept:
@@ -30,6 +31,10 @@ class Kept:
             self.url = f"sqlite:///{self.file}"
         elif name == "redis":
             self.server = RedisServer(*RedisServer.DURABLE)
+            self.url = self.server.url
+        elif name == "redis-cluster":
+            # No replicas: one that takes over lacks what had not reached it.
+            self.server = RedisCluster(*RedisServer.DURABLE, replicas=0)
             self.url = self.server.url
         else:
             self.server = PostgresServer() if name == "postgres" else MariaDBServer()

@@ -28,7 +28,10 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "write": ([ROW],), "load": (ROW.handle,), "sessions_of": (ROW.user,), "sweep": (2, 9)
 }  # fmt: skip
 SECRET = "hunter2"
-KNOWN = ("sqlite:///", "postgresql://", "postgres://", "mysql://", "mariadb://", "redis://", "rediss://", "unix:///")
+KNOWN = (
+    "sqlite:///", "postgresql://", "postgres://", "mysql://", "mariadb://", "redis://", "rediss://", "unix:///",
+    "redis+cluster://", "rediss+cluster://", "redis+sentinel://", "rediss+sentinel://",
+)  # fmt: skip
 
 
 def test_a_url_gives_the_backend_of_its_scheme_with_the_options_of_its_class() -> None:
@@ -58,6 +61,8 @@ def test_every_network_backend_is_reached_by_its_schemes(scheme: str, name: str)
         ("mariadb://a@localhost/app?table=shop&timeout=2", "<MySQLBackend mysql://localhost:3306/app, shop>"),
         ("redis://localhost?prefix=shop&timeout=2", "<RedisBackend redis://localhost:6379/0, prefix 'shop'>"),
         ("unix:///run/redis.sock?db=1&prefix=shop", ", prefix 'shop'>"),
+        ("redis+cluster://localhost?prefix=shop", "<RedisBackend redis+cluster://localhost:6379/, prefix 'shop'>"),
+        ("rediss+cluster://a,b?prefix=shop", "<RedisBackend rediss+cluster://a:6379,b:6379/, prefix 'shop'>"),
     ],
     ids=lambda text: text.partition(":")[0],
 )  # fmt: skip

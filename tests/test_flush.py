@@ -114,7 +114,7 @@ def test_a_step_back_is_seen_by_whoever_watches(kept: Kept) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["redis", "redis-cluster"], indirect=True)
 def test_a_redis_that_forgets_everything_is_recognised_and_filled_again(serve: Serve, kept: Kept) -> None:
     times = size(20, 2)
     server = serving(serve, ASGI, kept)
@@ -173,7 +173,7 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis", "redis-cluster"], indirect=True)
 def test_an_outage_of_the_database_is_not_noticed_by_those_whose_sessions_are_in_memory(
     serve: Serve, kept: Kept, closing: Closing
 ) -> None:
@@ -305,7 +305,7 @@ def test_with_a_file_of_sqlite_the_generated_key_stays_beside_it(serve: Serve, p
         assert browser.get("/whoami").json["user"] == "ada"
 
 
-@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis", "redis-cluster"], indirect=True)
 def test_while_the_database_is_down_a_session_that_only_it_has_is_a_503_and_never_an_empty_one(
     serve: Serve, kept: Kept
 ) -> None:

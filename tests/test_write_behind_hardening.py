@@ -846,13 +846,15 @@ def test_what_is_asked_for_after_all_was_destroyed_is_found(host: Host) -> None:
 
 
 @pytest.mark.parametrize("how", ["an object", "a URL", "a URL, closed first in the child"])
-@pytest.mark.parametrize("name", ["postgres", "mariadb", "redis"])
+@pytest.mark.parametrize("name", ["postgres", "mariadb", "redis", "redis-cluster"])
 def test_parent_and_children_go_on_with_connections_of_their_own(
     request: pytest.FixtureRequest, new_store: NewStore, name: str, how: str
 ) -> None:
     """The parent has loaded by the time it forks, as an application does that is preloaded."""
     if name == "redis":
         url = request.getfixturevalue("redis_server").url
+    elif name == "redis-cluster":
+        url = request.getfixturevalue("redis_cluster").url
     else:
         url = request.getfixturevalue(name).url(request.getfixturevalue(f"{name}_database"))
     first = new_store(url)

@@ -30,10 +30,15 @@ _KINDS: Final = {
     "redis": _REDIS,
     "rediss": _REDIS,
     "unix": _REDIS,
+    "redis+cluster": _REDIS,
+    "rediss+cluster": _REDIS,
+    "redis+sentinel": _REDIS,
+    "rediss+sentinel": _REDIS,
 }
 _EXAMPLES: Final = (
     "sqlite:///file, postgresql://host/database (or postgres://), mysql://user@host/database (or mariadb://), "
-    "redis://host, rediss://host (with TLS) or unix:///socket (Redis on a socket)"
+    "redis://host (or rediss://, with TLS), unix:///socket (Redis on a socket), "
+    "redis+cluster://host,host2 (or rediss+cluster://) or redis+sentinel://host,host2/service (or rediss+sentinel://)"
 )
 
 

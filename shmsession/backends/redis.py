@@ -18,8 +18,10 @@ from redis.exceptions import RedisError
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
 from .base import SENTINEL, STATES, Answer, Mark, Row, State, check_schema
-from .redis_client import Client, Command, parsed
+from .redis_client import Command, Server
+from .redis_cluster import Cluster
 from .redis_scripts import APPLIED, HEAD, KILL, LIST, UNLIST, UNLISTED, WRITE, packed, unpacked
+from .redis_sentinel import Primary
 
 logger = logging.getLogger("shmsession")
 
@@ -30,10 +32,16 @@ CHUNK_BYTES: Final = 1 << 20
 """How much is sent before answers are read: so many commands, of about so many bytes."""
 ATTEMPTS: Final = 20
 """How often a row's user is listed anew because somebody else changed the row meanwhile."""
+ROUNDS: Final = 2
+"""How often all rows are listed at most while a cluster moves some."""
+
+_KINDS: Final[dict[str, type[Cluster] | type[Server]]] = {"cluster": Cluster, "sentinel": Primary}
 
 
 class RedisBackend:
     """A Backend on `redis://`, `rediss://` or `unix://`; Redis 5 or later, or Valkey.
+
+    `redis+cluster://` is a cluster, `redis+sentinel://` what Sentinels watch; with `rediss+…` over TLS.
 
     `prefix` begins every key. `timeout`: seconds in which load, write and sessions_of end, and every step of the
     others. Both may also stand in the URL (`?prefix=shop&timeout=2`). Further options are those of redis-py's
@@ -44,16 +52,17 @@ class RedisBackend:
     expires = True
 
     def __init__(self, url: str, *, prefix: str = "shmsession", timeout: float = 5.0, **options: Any) -> None:
-        given = parsed(url, options)
+        kind = _KINDS.get(url.partition("://")[0].partition("+")[2].lower(), Server)
+        given = kind.parsed(url, options)
         self.prefix, self.timeout = str(given.pop("prefix", prefix)), float(given.pop("timeout", timeout))
         connections = int(given.pop("max_connections", CONNECTIONS))
         if not re.fullmatch(r"[!-~]{1,100}", self.prefix):
             raise ConfigError("prefix= must be 1 to 100 printable ASCII characters without spaces")
         if not 0 < self.timeout < math.inf or connections <= 0:
             raise ConfigError("timeout= must be a number of seconds above 0, and max_connections= a number above 0")
-        self._client = Client(given, prefix=self.prefix, timeout=self.timeout, max_connections=connections)
+        self._client = kind(given, prefix=self.prefix, timeout=self.timeout, max_connections=connections)
         self.name = self._client.name
-        self._cursor = 0
+        self._cursors: dict[str, int] = {}
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -74,17 +83,19 @@ class RedisBackend:
         key = f"{self.prefix}:schema"
         async with self._client.question():
             _, found = await self._client.ask(("SET", key, SCHEMA, "NX"), ("GET", key))
+            servers = await self._client.layout()
         if not (found or b"").isdigit():
             raise BackendError(f"{self.name}: {key} is not ours: choose another prefix=")
         check_schema(f"the keys {self.prefix}:… of {self.name}", int(found), SCHEMA, "prefix")
-        for warning in await self._worries():
-            if warning not in self._warned:
-                self._warned.add(warning)
-                logger.warning("%s: %s", self.name, warning)
+        for server in servers:
+            for warning in await self._worries(server):
+                if warning not in self._warned:
+                    self._warned.add(warning)
+                    logger.warning("%s: %s", server.name, warning)
 
-    async def _worries(self) -> list[str]:
+    async def _worries(self, server: Server) -> list[str]:
         """What its settings may cost, as far as it lets us know them."""
-        info, config = await self._client.allowed("INFO"), await self._client.allowed("CONFIG GET", "save")
+        info, config = await server.allowed("INFO"), await server.allowed("CONFIG GET", "save")
         found = []
         policy = str(info.get("maxmemory_policy", ""))
         if policy.startswith(("volatile", "allkeys")):
@@ -143,11 +154,15 @@ class RedisBackend:
     async def sweep(self, now: int, limit: int) -> int:
         """Rows vanish by themselves: this only drops past entries from a few users' sets, and answers 0."""
         async with self._client.question():
-            (cursor, keys), past = await self._client.ask(self._scan(self._cursor, "user", 16, limit), ("TIME",))
-            seconds, micros = map(int, past)
-            bound = min(now, seconds * 1000 + micros // 1000)
-            await self._client.ask(*(("ZREMRANGEBYSCORE", key, "-inf", f"({bound}") for key in keys))
-        self._cursor = int(cursor)
+            servers = await self._client.layout()
+        for server in servers:
+            async with self._client.question():
+                cursor = self._cursors.get(server.name, 0)
+                (cursor, keys), past = await server.ask(self._scan(cursor, "user", 16, limit), ("TIME",))
+                seconds, micros = map(int, past)
+                bound = min(now, seconds * 1000 + micros // 1000)
+                await self._client.ask(*(("ZREMRANGEBYSCORE", key, "-inf", f"({bound}") for key in keys))
+            self._cursors[server.name] = int(cursor)
         return 0
 
     async def count(self) -> int:
@@ -209,15 +224,29 @@ class RedisBackend:
             raise BackendError(f"{self.name}: {self._row_key(handle)} is not ours: choose another prefix=") from error
 
     async def _all_handles(self) -> AsyncIterator[list[bytes]]:
-        """The handles of all rows but the sentinel, each once."""
-        seen, cursor = {SENTINEL}, 0
-        start = len(self._row_key(b""))
+        """The handles of all rows but the sentinel, each once.
+
+        A row that goes from one server to another may be looked for where it is no more and where it is not yet. So
+        after a round in which rows can have gone another follows, which misses those only that have gone in both.
+        """
+        seen = {SENTINEL}
+        for _ in range(ROUNDS):
+            async with self._client.question():
+                layout = await self._client.layout()
+            for server in layout:
+                async for handles in self._handles_of(server):
+                    yield list(handles - seen)
+                    seen |= handles
+            async with self._client.question():
+                if await self._client.unmoved(layout):
+                    return
+
+    async def _handles_of(self, server: Server) -> AsyncIterator[set[bytes]]:
+        cursor, start = 0, len(self._row_key(b""))
         while True:
             async with self._client.question():
-                ((cursor, keys),) = await self._client.ask(self._scan(cursor, "row", 40, CHUNK))
-            handles = {bytes.fromhex(key[start:].decode()) for key in keys} - seen
-            seen |= handles
-            yield list(handles)
+                ((cursor, keys),) = await server.ask(self._scan(cursor, "row", 40, CHUNK))
+            yield {bytes.fromhex(key[start:].decode()) for key in keys}
             if int(cursor) == 0:
                 return
 

@@ -1,10 +1,11 @@
-"""Connections to a Redis server: a question is answered or fails in time, and its errors become ours here."""
+"""Questions to Redis: each is answered or fails in time, and its errors become ours here. Connections to one server."""
 
 import asyncio
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -21,25 +22,96 @@ from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from .redis_scripts import Script
 
 Command = tuple[Any, ...]
+Address = tuple[str, int]
+
+_HOSTS: Final = re.compile(r"redis(s?)\+\w+://([^/?#]*@)?([^/?#@]*)([^?#]*)(\?[^#]*)?", re.IGNORECASE)
 
 
-def parsed(url: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a URL says, and further options where it says nothing. Raises ConfigError, which quotes nothing of them."""
-    try:
-        return {**options, **parse_url(url), "secure": url.lower().startswith("rediss")}
-    except ValueError:
-        raise ConfigError(
-            "this is no Redis URL: write redis://user:password@host:6379/0, rediss://… or unix:///path?db=0, "
-            "with special characters of the password percent-encoded"
-        ) from None
+def parsed_hosts(url: str, port: int) -> tuple[dict[str, Any], str]:
+    """What a URL with many hosts says, those as `hosts`, and its path. Raises ValueError."""
+    match = _HOSTS.fullmatch(url)
+    if match is None:
+        raise ValueError
+    secure, credentials, hosts, path, query = match.groups(default="")
+    each = [parse_url(f"redis{secure}://{credentials}{host}{query}") for host in hosts.split(",")]
+    addresses = [(one.get("host", "localhost"), int(one.get("port", port))) for one in each]
+    return {**each[0], "secure": bool(secure), "hosts": addresses}, path
 
 
-class Client:
-    """At most `max_connections` questions at once, each of at most `timeout` seconds, waiting for its turn included."""
+def named_hosts(addresses: Sequence[Address]) -> str:
+    """As they stand in a URL."""
+    return ",".join(f"{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses)
+
+
+class Client(ABC):
+    """What asks, whoever answers: one server, or a cluster of them."""
+
+    def __init__(self, name: str, *, prefix: str, timeout: float) -> None:
+        self.name = name
+        self._prefix, self._timeout = prefix, timeout
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make ready to connect, which happens when something is asked. In a forked child, anew."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close all connections."""
+
+    @abstractmethod
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies, in order, errors among them."""
+
+    @abstractmethod
+    async def layout(self) -> "Mapping[Server, str]":
+        """The servers that have all the keys between them, each with what it says of its share."""
+
+    @abstractmethod
+    async def unmoved(self, layout: "Mapping[Server, str]") -> bool:
+        """Whether no key can have gone from one of them to another since the layout was asked for."""
+
+    @abstractmethod
+    async def doubt(self) -> None:
+        """Something did not answer: what is known of who is where may be wrong."""
+
+    @asynccontextmanager
+    async def question(self) -> AsyncIterator[None]:
+        """What is asked within it ends in time, and fails with errors of ours."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except (exceptions.RedisError, OSError) as error:
+            failure = explain(error, self.name, self._prefix)
+            if isinstance(failure, BackendUnavailable):
+                await self.doubt()
+            raise failure from error
+
+    async def ask(self, *commands: Command, missing: bool = False) -> list[Any]:
+        """The replies, in order. The first error among them is raised; NOSCRIPT may be let through as `missing`."""
+        if not commands:
+            return []
+        replies = await self.exchange(commands)
+        for reply in replies:
+            if isinstance(reply, Exception) and not (missing and isinstance(reply, exceptions.NoScriptError)):
+                raise reply
+        return replies
+
+    async def call(self, script: Script, calls: Sequence[Command]) -> list[Any]:
+        """Run a script for each (key, *arguments); whole, where the server has forgotten it, which then knows it."""
+        replies = await self.ask(*(("EVALSHA", script.sha, 1, *call) for call in calls), missing=True)
+        forgotten = [index for index, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
+        whole = await self.ask(*(("EVAL", script.text, 1, *calls[index]) for index in forgotten))
+        for index, reply in zip(forgotten, whole, strict=True):
+            replies[index] = reply
+        return replies
+
+
+class Server(Client):
+    """One server: at most `max_connections` exchanges at once, further ones wait for their turn."""
 
     def __init__(self, options: dict[str, Any], *, prefix: str, timeout: float, max_connections: int) -> None:
-        self.name = _name(options, secure=options.pop("secure"))
-        self._prefix, self._timeout, self._max = prefix, timeout, max_connections
+        super().__init__(self._named(options), prefix=prefix, timeout=timeout)
+        self._max = max_connections
         self._options = {
             # RESP2: every server speaks it, some nothing else. Once more, for connections that died unnoticed.
             "protocol": 2, **options, "decode_responses": False, "socket_timeout": None,
@@ -56,12 +128,31 @@ class Client:
         except (TypeError, ValueError, exceptions.RedisError) as error:
             raise ConfigError(f"{self.name}: {error}: give options of redis-py's connections only") from error
 
+    @staticmethod
+    def parsed(url: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What a URL says, and further options where it says nothing. Raises ConfigError, quoting nothing."""
+        try:
+            return {**options, **parse_url(url), "secure": url.lower().startswith("rediss")}
+        except ValueError:
+            raise ConfigError(
+                "this is no Redis URL: write redis://user:password@host:6379/0, rediss://… or unix:///path?db=0, "
+                "with special characters of the password percent-encoded"
+            ) from None
+
+    @staticmethod
+    def _named(options: dict[str, Any]) -> str:
+        secure = options.pop("secure")
+        if "path" in options:
+            return f"unix://{options['path']}?db={options.get('db', 0)}"
+        where = named_hosts([(str(options.get("host", "localhost")), options.get("port", 6379))])
+        return f"redis{'s' * secure}://{where}/{options.get('db', 0)}"
+
     def _pool(self) -> ConnectionPool:
         """Not redis-py's blocking one: of that, a cancelled question takes a place with it."""
         return ConnectionPool(max_connections=sys.maxsize, **self._options)
 
     def open(self) -> None:
-        """Make the pool; it connects when something is asked."""
+        """Make the pool."""
         if self._redis is not None and self._pid != os.getpid():
             self._inherited.append(self._redis)
             self._redis = None
@@ -83,57 +174,41 @@ class Client:
             raise BackendUnavailable(f"{self.name} is not open: `await backend.open()` first")
         return self._redis
 
-    @asynccontextmanager
-    async def question(self) -> AsyncIterator[None]:
-        """What is asked within it ends in time, and fails with errors of ours. Not to be nested."""
-        try:
-            async with asyncio.timeout(self._timeout), self._turns:
-                yield
-        except (exceptions.RedisError, OSError) as error:
-            failure = explain(error, self.name, self._prefix)
-            if isinstance(failure, BackendUnavailable) and self._redis is not None:
-                with suppress(exceptions.RedisError, OSError):  # another server may answer to the same name now
-                    await self._redis.connection_pool.disconnect(inuse_connections=False)
-            raise failure from error
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Over one connection, once more where that turns out to be broken."""
+        pool = self._open.connection_pool
+        async with self._turns:
+            connection = await pool.get_connection()
+            try:
+                replies: list[Any] = await connection.retry.call_with_retry(
+                    partial(_exchange, connection, commands), lambda _: connection.disconnect()
+                )
+            finally:
+                await pool.release(connection)
+        return replies
 
     async def allowed(self, *command: str) -> dict[str, Any]:
         """The answer to a question that not everybody may ask; empty for those who may not."""
-        async with self.question():
+        async with self.question(), self._turns:
             try:
                 answer: dict[str, Any] = await self._open.execute_command(*command)
             except exceptions.ResponseError:
                 return {}
         return answer
 
-    async def ask(self, *commands: Command, missing: bool = False) -> list[Any]:
-        """The replies, in order. The first error among them is raised; NOSCRIPT may be let through as `missing`."""
-        if not commands:
-            return []
-        pool = self._open.connection_pool
-        connection = await pool.get_connection()
-        try:
-            replies: list[Any] = await connection.retry.call_with_retry(
-                partial(_exchange, connection, commands), lambda _: connection.disconnect()
-            )
-        finally:
-            await pool.release(connection)
-        for reply in replies:
-            if isinstance(reply, Exception) and not (missing and isinstance(reply, exceptions.NoScriptError)):
-                raise reply
-        return replies
+    async def layout(self) -> "Mapping[Server, str]":
+        """It alone."""
+        return {self: ""}
 
-    async def call(self, script: Script, calls: Sequence[Command]) -> list[Any]:
-        """Run a script for each (key, *arguments); whole, where the server has forgotten it."""
-        if not calls:
-            return []
-        replies = await self.ask(*(("EVALSHA", script.sha, 1, *call) for call in calls), missing=True)
-        forgotten = [index for index, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
-        if forgotten:
-            again = [("EVAL", script.text, 1, *calls[index]) for index in forgotten]
-            _, *whole = await self.ask(("SCRIPT", "LOAD", script.text), *again)
-            for index, reply in zip(forgotten, whole, strict=True):
-                replies[index] = reply
-        return replies
+    async def unmoved(self, layout: "Mapping[Server, str]") -> bool:
+        """There is nowhere to go."""
+        return True
+
+    async def doubt(self) -> None:
+        """Another server may answer to the same name now: no idle connection is kept."""
+        if self._redis is not None:
+            with suppress(exceptions.RedisError, OSError):
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
 
 
 async def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
@@ -146,14 +221,6 @@ async def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:
         except exceptions.ResponseError as error:
             replies.append(error)
     return replies
-
-
-def _name(options: dict[str, Any], *, secure: bool) -> str:
-    if "path" in options:
-        return f"unix://{options['path']}?db={options.get('db', 0)}"
-    host = str(options.get("host", "localhost"))
-    host = f"[{host}]" if ":" in host else host
-    return f"redis{'s' * secure}://{host}:{options.get('port', 6379)}/{options.get('db', 0)}"
 
 
 _CODES: Final = {
@@ -179,10 +246,12 @@ _LASTING: Final = {
     "OOM": "it has reached maxmemory: give it more; leave maxmemory-policy at noeviction, or it drops sessions",
     "MISCONF": "it cannot write to its disk and refuses changes: see its log",
     "NOAUTH": "it refuses the credentials: write redis://user:password@host, percent-encoded",
-    "NOPERM": "its ACL must allow this user the keys {prefix}:* and the commands @read, @write, @scripting and TIME",
+    "NOPERM": "its ACL must allow this user the keys {prefix}:* and the commands @read, @write, @scripting and TIME; "
+    "in a cluster also ASKING, CLUSTER SLOTS and CLUSTER NODES",
     "WRONGTYPE": "a key that begins with {prefix}: is not ours: choose another prefix=",
-    "MOVED": "it is a node of a cluster, and those cannot be used: name a server that is not",
-    "CROSSSLOT": "it is a node of a cluster, and those cannot be used: name a server that is not",
+    "MOVED": "it is a node of a cluster: write redis+cluster://… to use that",
+    "CROSSSLOT": "it is a node of a cluster: write redis+cluster://… to use that",
+    "cluster support disabled": "it is no node of a cluster: write redis://… to use it alone",
 }
 _KNOWN = re.compile(rf"\b({'|'.join([*_PASSING, *_LASTING])})\b")
 _ARGUMENTS = re.compile(r",? with args beginning with.*", re.DOTALL)
