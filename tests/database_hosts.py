@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
+from tests.postgres_servers import PgBouncer, PostgresPair
 from tests.redis_clusters import RedisCluster
 
 
@@ -95,3 +96,43 @@ def mariadb_database(mariadb: MariaDBServer) -> Iterator[str]:
     name = mariadb.create_database()
     yield name
     mariadb.revive().drop_database(name)
+
+
+def _poolers(_postgres_server: PostgresServer) -> Iterator[Callable[[str], PgBouncer]]:
+    poolers: dict[str, PgBouncer] = {}
+
+    def get(mode: str) -> PgBouncer:
+        if mode not in poolers:
+            poolers[mode] = PgBouncer(_postgres_server, pool_mode=mode)
+        return poolers[mode].revive()
+
+    yield get
+    for pooler in poolers.values():
+        pooler.close()
+
+
+@pytest.fixture
+def pgbouncer(_poolers: Callable[[str], PgBouncer], postgres: PostgresServer) -> PgBouncer:
+    """A PgBouncer in front of `postgres`, with two connections to each database, lent for one transaction.
+
+    Tests may kill, freeze and restart it.
+    """
+    return _poolers("transaction")
+
+
+@pytest.fixture
+def statement_pgbouncer(_poolers: Callable[[str], PgBouncer], postgres: PostgresServer) -> PgBouncer:
+    """The same, which refuses transactions of more than one statement."""
+    return _poolers("statement")
+
+
+@pytest.fixture(scope="session")
+def _postgres_pair() -> Iterator[PostgresPair]:
+    with PostgresPair() as pair:
+        yield pair
+
+
+@pytest.fixture
+def postgres_pair(_postgres_pair: PostgresPair) -> PostgresPair:
+    """A primary and its standby, which has caught up. Tests may promote it, and kill and freeze both."""
+    return _postgres_pair.revive()

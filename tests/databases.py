@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _DEBIAN: Final = ("/usr/lib/postgresql", "*/bin")
 """Where Debian keeps PostgreSQL's programs, which are not on PATH."""
 _SBIN: Final = "/usr/sbin"
-"""Where it keeps MariaDB's; only root has it on PATH."""
+"""Where it keeps MariaDB's and PgBouncer's; only root has it on PATH."""
 
 
 def program(*names: str) -> str:
@@ -44,7 +44,8 @@ def program(*names: str) -> str:
         if found:
             return found
     raise AssertionError(
-        f"found no {names[0]}: ./dev test installs it; Debian has it in postgresql, mariadb-server-core and redis-tools"
+        f"found no {names[0]}: ./dev test installs it; Debian has it in postgresql, pgbouncer, mariadb-server-core or "
+        "redis-tools"
     )
 
 
@@ -53,6 +54,14 @@ def _dying(number: int) -> Callable[[], object] | None:
         return None
     libc = ctypes.CDLL(None)
     return lambda: libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def unprivileged() -> pwd.struct_passwd | None:
+    """The account for what refuses to run as root, where we are root."""
+    if os.geteuid() != 0:
+        return None
+    known = {entry.pw_name: entry for entry in pwd.getpwall()}
+    return known.get("postgres") or known["nobody"]
 
 
 class DatabaseServer(ABC):
@@ -80,6 +89,11 @@ class DatabaseServer(ABC):
     def _account(self) -> pwd.struct_passwd | None:
         """Whose process it is, where that is not ours."""
         return None
+
+    def _give_up_place(self) -> None:
+        account = self._account()
+        if account:
+            os.chown(self.place, account.pw_uid, account.pw_gid)
 
     # Its life.
 
@@ -252,16 +266,10 @@ class PostgresServer(DatabaseServer):
         super().__init__()
         self.options = options
         self.data = self.place / "data"
-        account = self._account()
-        if account:
-            os.chown(self.place, account.pw_uid, account.pw_gid)
+        self._give_up_place()
 
     def _account(self) -> pwd.struct_passwd | None:
-        """PostgreSQL refuses to run as root."""
-        if os.geteuid() != 0:
-            return None
-        known = {entry.pw_name: entry for entry in pwd.getpwall()}
-        return known.get("postgres") or known["nobody"]
+        return unprivileged()
 
     def url(self, database: str = "postgres", user: str = "postgres", password: str | None = None) -> str:
         secret = f":{password}" if password is not None else ""
@@ -280,7 +288,16 @@ class PostgresServer(DatabaseServer):
         command = [program("initdb"), "-D", str(self.data), "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]
         status = self._run([*command, "--auth=trust"]).wait(PATIENCE)
         assert status == 0, f"initdb failed:\n{self.text}"
-        (self.data / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+        trusted = "local all postgres trust\nlocal replication postgres trust\n"
+        (self.data / "pg_hba.conf").write_text(f"{trusted}local all all scram-sha-256\n")
+
+    def copy_from(self, primary: "PostgresServer") -> None:
+        """Whatever it had: have what that one has, and follow it as a standby once it is started."""
+        self.kill()
+        shutil.rmtree(self.data, ignore_errors=True)
+        command = [program("pg_basebackup"), "-D", str(self.data), "-d", primary.url(), "--checkpoint=fast"]
+        status = self._run([*command, "--write-recovery-conf", "--no-sync", "--no-manifest"]).wait(PATIENCE)
+        assert status == 0, f"pg_basebackup failed:\n{self.text}"
 
     def start(self) -> Self:
         if not self.data.exists():
