@@ -352,31 +352,6 @@ async def test_writers_in_opposite_orders_neither_deadlock_nor_go_backwards(
 
 
 @asynchronous
-async def test_a_batch_that_loses_against_others_is_repeated(
-    postgres: PostgresServer, postgres_database: str, url: str
-) -> None:
-    async with opened(url) as backend:
-        postgres.run(fail_times(3, "40P01"), postgres_database)
-        assert await backend.write([live(1), live(2)]) == [Answer(True, None)] * 2
-        postgres.run("ALTER SEQUENCE failures RESTART; DROP TRIGGER failing ON shmsession", postgres_database)
-        postgres.run(fail_times(1000, "40001").partition(";")[2], postgres_database)
-        await fails(backend.write([live(3)]))
-        assert await backend.load(live(3).handle) is None
-
-
-def fail_times(times: int, state: str) -> str:
-    return f"""
-    CREATE SEQUENCE failures;
-    CREATE OR REPLACE FUNCTION failing() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN
-        IF nextval('failures') <= {times} THEN RAISE EXCEPTION 'once more' USING ERRCODE = '{state}'; END IF;
-        RETURN new;
-    END $$;
-    CREATE TRIGGER failing BEFORE INSERT ON shmsession FOR EACH STATEMENT EXECUTE FUNCTION failing();
-    """
-
-
-@asynchronous
 async def test_a_row_is_answered_only_after_its_commit(
     postgres: PostgresServer, postgres_database: str, url: str
 ) -> None:
@@ -454,9 +429,12 @@ async def test_tables_of_another_version_are_refused(
         assert str(error).endswith(says)
 
 
+@pytest.mark.parametrize("theirs", ["TABLE shmsession (id int)", "VIEW shmsession AS SELECT 1 AS id"])
 @asynchronous
-async def test_another_programs_table_is_left_alone(postgres: PostgresServer, postgres_database: str, url: str) -> None:
-    postgres.run("CREATE TABLE shmsession (id int)", postgres_database)
+async def test_another_programs_table_is_left_alone(
+    postgres: PostgresServer, postgres_database: str, url: str, theirs: str
+) -> None:
+    postgres.run(f"CREATE {theirs}", postgres_database)
     backend = PostgresBackend(url)
     await backend.open()
     try:

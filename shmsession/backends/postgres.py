@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
+
+from psycopg import errors
 
 from shmsession.errors import BackendError, ConfigError
 
@@ -15,13 +16,16 @@ from .base import SENTINEL, STATES, Answer, Mark, Row, State, check_schema, wins
 from .postgres_array import of_bytes, of_int2, of_int8
 from .postgres_pool import BUSY, Connection, Pool, checked, name_of
 
+T = TypeVar("T")
+
 SCHEMA: Final = 1
 """The version of the tables that this module makes and understands."""
 
 _PAGE: Final = 1000
-_ATTEMPTS: Final = 5
-_LOCK: Final = 0x73686D73657373
-"""The advisory lock held while tables are made: "shmsess"."""
+_MADE_BY_OTHERS: Final = (*BUSY, errors.UniqueViolation, errors.DuplicateTable, errors.DuplicateObject)
+"""What IF NOT EXISTS answers when others make the same: what they made may be seen a moment later only."""
+_UNKNOWN: Final = (errors.FeatureNotSupported, errors.SyntaxError, errors.InvalidParameterValue)
+"""What engines answer that are like PostgreSQL and store rows in another way."""
 
 _TABLE: Final = re.compile(r"(?:[A-Za-z_]\w{0,62}\.)?[A-Za-z_]\w{0,47}", re.ASCII)
 _OURS: Final = ("table", "min_size", "max_size", "timeout")
@@ -30,26 +34,31 @@ _UP_TO_QUERY: Final = re.compile(r"\w+://(?:[^@/]*@)?[^?]*")
 
 # An index on the horizon itself would make every touch write to all indexes; its hour seldom changes, so that most
 # updates stay within their page (HOT), in the room that fillfactor leaves there. `was_…` is the row that the last write
-# met: an upsert can return nothing else of it.
-_TABLES: Final = """
-CREATE TABLE {table} (
+# met: an upsert can return nothing else of it. Elsewhere than in PostgreSQL the quotient of integers may be none.
+_CREATE: Final = """
+CREATE TABLE IF NOT EXISTS {table} (
     handle bytea PRIMARY KEY,
     state int2 NOT NULL,
     epoch int8 NOT NULL,
     version int8 NOT NULL,
     horizon int8 NOT NULL,
-    horizon_hour int8 GENERATED ALWAYS AS (horizon / 3600000) STORED,
+    horizon_hour int8 GENERATED ALWAYS AS ((horizon / 3600000)::int8) STORED,
     "user" bytea NOT NULL,
     body bytea NOT NULL,
     was_state int2,
     was_epoch int8,
     was_version int8
-) WITH (fillfactor = 80);
-ALTER TABLE {table} ALTER COLUMN body SET STORAGE EXTERNAL, ALTER COLUMN body SET STATISTICS 0;
-CREATE INDEX {user_index} ON {table} ("user") WHERE state = 1;
-CREATE INDEX {horizon_index} ON {table} (horizon_hour);
-CREATE TABLE {meta} (version int4 NOT NULL);
-INSERT INTO {meta} VALUES ({schema});
+);
+"""
+_TUNING: Final = """
+ALTER TABLE {table}
+    SET (fillfactor = 80), ALTER COLUMN body SET STORAGE EXTERNAL, ALTER COLUMN body SET STATISTICS 0;
+"""
+_REST: Final = """
+CREATE INDEX IF NOT EXISTS {user_index} ON {table} ("user") WHERE state = 1;
+CREATE INDEX IF NOT EXISTS {horizon_index} ON {table} (horizon_hour);
+CREATE TABLE IF NOT EXISTS {meta} (version int4 NOT NULL);
+INSERT INTO {meta} SELECT {schema} WHERE NOT EXISTS (SELECT 1 FROM {meta});
 """
 
 # base.wins, in SQL.
@@ -79,7 +88,7 @@ SELECT (SELECT count(*) FROM {table} WHERE state = 1) - (SELECT count(*) FROM {t
 """
 _SWEEP: Final = """
 WITH gone AS MATERIALIZED (
-    SELECT handle FROM {table} WHERE horizon_hour <= %b::int8 / 3600000 AND horizon < %b
+    SELECT handle FROM {table} WHERE horizon_hour <= (%b::int8 / 3600000)::int8 AND horizon < %b
     ORDER BY horizon_hour LIMIT %b FOR UPDATE SKIP LOCKED
 )
 DELETE FROM {table} AS old USING gone WHERE old.handle = gone.handle RETURNING old.handle
@@ -153,22 +162,24 @@ class PostgresBackend:
 
     async def initialize(self) -> None:
         """Make the tables, unless they are there."""
-        async with self._connection() as connection:
-            if await self._version(connection) is not None:
-                return
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
-                if await self._version(connection) is None:
-                    await connection.execute(self._sql(_TABLES))
+        await self._with_connection(self._make, again=_MADE_BY_OTHERS)
+
+    async def _make(self, connection: Connection) -> None:
+        if await self._version(connection) is not None:
+            return
+        try:
+            # One transaction, also without BEGIN. It takes the strongest lock first: so it cannot deadlock.
+            await connection.execute(self._sql(_CREATE + _TUNING + _REST))
+        except _UNKNOWN:
+            await connection.execute(self._sql(_CREATE + _REST))
 
     async def _version(self, connection: Connection) -> int | None:
         """That of the tables, if there are any. Raises BackendError when it is not ours."""
-        # Reading pg_class makes the server notice what others made since this transaction began; to_regclass does not.
-        exists = "SELECT 1 FROM pg_catalog.pg_class WHERE oid = to_regclass(%s)"
-        if await (await connection.execute(exists, [self._names["meta"]])).fetchone() is None:
+        exists = b"SELECT 1 FROM pg_catalog.pg_class WHERE oid = to_regclass(%s)"
+        if not await connection.ask(exists, [self._names["meta"]]):
             return None
-        row = await (await connection.execute(self._sql("SELECT version FROM {meta}"))).fetchone()
-        version = int(row[0]) if row else 0
+        rows = await connection.ask(self._sql("SELECT version FROM {meta}"), [])
+        version = int(rows[0][0]) if rows else 0
         check_schema(f"the tables {self._table} of {self.name}", version, SCHEMA, "table")
         return version
 
@@ -228,23 +239,16 @@ class PostgresBackend:
     def _sql(self, text: str) -> bytes:
         return text.format_map(self._names).encode()
 
-    def _connection(self) -> AbstractAsyncContextManager[Connection]:
+    async def _ask(self, text: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """All rows that a statement answers."""
+        return await self._with_connection(lambda connection: connection.ask(self._sql(text), parameters))
+
+    async def _with_connection(
+        self, work: Callable[[Connection], Awaitable[T]], *, again: tuple[type[Exception], ...] = BUSY
+    ) -> T:
         if self._pool is None:
             raise BackendError(f"{self.name} is not open: call `open` first.")
-        return self._pool.connection()
-
-    async def _ask(self, text: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        """All rows that a statement answers. It is repeated when it lost against others', and so changed nothing."""
-        async with self._connection() as connection:
-            for _ in range(_ATTEMPTS - 1):
-                with suppress(*BUSY):
-                    return await self._execute(connection, text, parameters)
-            return await self._execute(connection, text, parameters)
-
-    async def _execute(self, connection: Connection, text: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        cursor = connection.cursor(binary=True)
-        await cursor.execute(self._sql(text), parameters, prepare=True)
-        return await cursor.fetchall()
+        return await self._pool.ask(work, again)
 
 
 def _parted(url: str) -> tuple[str, dict[str, str]]:

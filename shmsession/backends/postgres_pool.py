@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 import math
 import os
+import random
 import select
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, errors
@@ -22,15 +23,25 @@ from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
 from .postgres_array import Array, ArrayDumper
 
+T = TypeVar("T")
+
 CANCEL_SECONDS: Final = 0.5
 FRESH_SECONDS: Final = 1.0
 """So long after it was given back a connection is believed to work, unless there is something to be read from it."""
 BUSY: Final = (errors.DeadlockDetected, errors.SerializationFailure)
-"""The statement lost against others and changed nothing: it may be repeated."""
+"""The transaction lost against others, at its commit perhaps, and changed nothing: it may be repeated."""
+FIRST_PAUSE: Final = 0.01
+LAST_PAUSE: Final = 0.25
+"""Seconds before what lost is repeated, at most; each pause may be twice as long as the one before."""
 
-_UNAVAILABLE: Final = (*BUSY, errors.QueryCanceled, errors.LockNotAvailable, errors.TooManyConnections)
-_UNAVAILABLE_CLASSES: Final = ("08", "57P")
-"""SQLSTATEs of broken connections, and of servers that start or shut down."""
+_UNAVAILABLE: Final = (errors.QueryCanceled, errors.LockNotAvailable, errors.TooManyConnections)
+_UNAVAILABLE_CLASSES: Final = ("08", "40", "57P")
+"""SQLSTATEs of broken connections, of transactions that were rolled back, and of servers that start or shut down."""
+
+_SETTINGS: Final = """
+SELECT set_config('statement_timeout', %s, false), set_config('default_transaction_isolation', 'read committed', false)
+WHERE pg_backend_pid() = %s
+"""
 
 _ANOTHER: Final = "The table {table} is not one of ours: choose another name by `table=`."
 _ADVICE: Final = {
@@ -39,8 +50,10 @@ _ADVICE: Final = {
     "42501": "Grant this user SELECT, INSERT, UPDATE and DELETE on {table} and SELECT on {table}_meta, and while they "
     "are made CREATE on their schema.",
     "42703": _ANOTHER,
+    "42710": _ANOTHER,
     "42P01": "Make the tables: `shmsession initdb`, or `initialize()`.",
     "42P07": _ANOTHER,
+    "42809": _ANOTHER,
     "42P10": _ANOTHER,
     "53100": "The server's disk is full: make room there.",
 }
@@ -53,6 +66,9 @@ class Connection(AsyncConnection[tuple[Any, ...]]):
 
     returned = -math.inf
     """When it was given back, on the loop's clock."""
+    pooled = False
+    """Whether a pooler such as PgBouncer is between. Any transaction may then be another server connection's, which
+    knows no statements and settings of ours, and must be left without any."""
 
     @classmethod
     async def connect(  # type: ignore[override]  # called by the pool only, with these
@@ -64,6 +80,18 @@ class Connection(AsyncConnection[tuple[Any, ...]]):
         except psycopg.Error as error:
             on_failure(error)
             raise
+
+    async def set_up(self, limit: int) -> None:
+        """Make the settings; none where a pooler is between, whose process id is not that of the server's process."""
+        self.adapters.register_dumper(Array, ArrayDumper)
+        cursor = await self.execute(_SETTINGS, [str(limit), self.info.backend_pid])
+        self.pooled = await cursor.fetchone() is None
+
+    async def ask(self, statement: bytes, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """All rows that a statement answers; it is one transaction."""
+        cursor = self.cursor(binary=True)
+        await cursor.execute(statement, parameters, prepare=not self.pooled)
+        return await cursor.fetchall()
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # psycopg's
         """Ask the server to stop; one that does not answer at once is cut off: somebody's time is over."""
@@ -97,24 +125,46 @@ class Pool:
         """Close all connections."""
         await self._pool.close(timeout=min(self._timeout, 0.5))
 
-    @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """A connection that works, until `timeout` is over; errors of psycopg's become ours."""
+    async def ask(self, work: Callable[[Connection], Awaitable[T]], again: tuple[type[Exception], ...]) -> T:
+        """What `work` answers, given a connection, until `timeout` is over; errors of psycopg's become ours.
+
+        As long as it raises one of `again` it is called again, after a pause.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
         try:
-            connection = await self._take()
-            try:
-                with _cut_at(connection, deadline):
-                    yield connection
-            except errors.ReadOnlySqlTransaction:
-                await self._pool.drain()  # new ones may lead to the server that is the primary now
-                raise
-            finally:
-                connection.returned = loop.time()
-                await self._pool.putconn(connection)
+            async with self._connection(deadline) as connection:
+                limit = FIRST_PAUSE
+                while True:
+                    try:
+                        return await work(connection)
+                    except again:
+                        pause = random.uniform(0, limit)  # noqa: S311  # so that they do not meet again
+                        if loop.time() + pause >= deadline:
+                            raise
+                    await asyncio.sleep(pause)
+                    limit = min(2 * limit, LAST_PAUSE)
         except (psycopg.Error, TimeoutError) as error:
             raise self._translated(error, late=loop.time() >= deadline) from None
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, deadline: float) -> AsyncIterator[Connection]:
+        """One that works. It is cut off at that time of the loop's clock.
+
+        A server behind a pooler knows no limit, so that it is told before to give up.
+        """
+        connection = await self._take()
+        last = deadline - min(CANCEL_SECONDS, self._timeout / 2) if connection.pooled else None
+        try:
+            with _cut_at(connection, deadline):
+                async with asyncio.timeout_at(last):
+                    yield connection
+        except errors.ReadOnlySqlTransaction:
+            await self._pool.drain()  # new ones may lead to the server that is the primary now
+            raise
+        finally:
+            connection.returned = asyncio.get_running_loop().time()
+            await self._pool.putconn(connection)
 
     async def _take(self) -> Connection:
         """Raises TimeoutError at once when there is no connection and none can be made."""
@@ -137,14 +187,13 @@ class Pool:
                 patience.reschedule(0)
 
     async def _configure(self, connection: Connection) -> None:
+        try:
+            with _cut_at(connection, asyncio.get_running_loop().time() + self._timeout):
+                await connection.set_up(max(1, round(self._timeout * 1000)))
+        except psycopg.Error as error:  # a pooler lets in though it has no server
+            self._note(error)
+            raise
         self._failure = None
-        connection.adapters.register_dumper(Array, ArrayDumper)
-        with _cut_at(connection, asyncio.get_running_loop().time() + self._timeout):
-            await connection.execute(
-                "SELECT set_config('statement_timeout', %s, false),"
-                " set_config('default_transaction_isolation', 'read committed', false)",
-                [str(max(1, round(self._timeout * 1000)))],
-            )
 
     async def _check(self, connection: Connection) -> None:
         """When one connection is broken, all idle ones are, most likely: finding out one by one would take seconds."""
@@ -165,11 +214,13 @@ class Pool:
         if isinstance(error, psycopg.Error) and state and not _means_unavailable(error, state):
             advice = _ADVICE.get(state, _OTHERWISE).format(table=self._table)
             return BackendError(f"{self._name} answered: {error.diag.message_primary} (SQLSTATE {state}). {advice}")
+        if isinstance(error, BUSY):
+            return BackendUnavailable(f"{self._name}: others kept writing the same rows for {self._timeout:g} s.")
         if isinstance(error, TimeoutError | PoolTimeout) and self._failure:
             return BackendUnavailable(f"{self._name} cannot be reached: {_line(self._failure)}")
-        if late:
+        if late or isinstance(error, TimeoutError):
             return BackendUnavailable(f"{self._name} did not answer within {self._timeout:g} s.")
-        if isinstance(error, TimeoutError | psycopg.OperationalError | psycopg.InterfaceError):
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return BackendUnavailable(f"{self._name} broke off: {_line(error)}")
         return BackendError(f"{self._name}: {type(error).__name__}. {_OTHERWISE}")  # its text may quote what was sent
 
@@ -178,7 +229,7 @@ def _means_unavailable(error: psycopg.Error, state: str) -> bool:
     return isinstance(error, _UNAVAILABLE) or state.startswith(_UNAVAILABLE_CLASSES)
 
 
-def _line(error: psycopg.Error | TimeoutError) -> str:
+def _line(error: psycopg.Error) -> str:
     """What the driver or the server said, in one line; neither names passwords."""
     return " ".join(str(error).split())
 
