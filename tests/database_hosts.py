@@ -10,6 +10,7 @@ import pytest
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
 from tests.postgres_servers import PgBouncer, PostgresPair
 from tests.redis_clusters import RedisCluster
+from tests.surreal_servers import SurrealServer
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +137,22 @@ def _postgres_pair() -> Iterator[PostgresPair]:
 def postgres_pair(_postgres_pair: PostgresPair) -> PostgresPair:
     """A primary and its standby, which has caught up. Tests may promote it, and kill and freeze both."""
     return _postgres_pair.revive()
+
+
+@pytest.fixture(scope="session")
+def _surreal_server() -> Iterator[SurrealServer]:
+    server = SurrealServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def surreal(_surreal_server: SurrealServer) -> SurrealServer:
+    """A SurrealDB. Tests may kill, freeze and restart it."""
+    return _surreal_server.revive()
+
+
+@pytest.fixture
+def surreal_database(surreal: SurrealServer) -> str:
+    """The name of an empty database of its own."""
+    return surreal.create_database()

@@ -16,8 +16,9 @@ from shmsession.rows import Rows
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
 from tests.redis_clusters import RedisCluster
 from tests.servers import wait_for
+from tests.surreal_servers import SurrealServer
 
-BACKENDS = ["sqlite", "postgres", "mysql", "redis", "redis-cluster"]
+BACKENDS = ["sqlite", "postgres", "mysql", "redis", "redis-cluster", "surrealdb"]
 
 
 class Kept:
@@ -37,7 +38,7 @@ class Kept:
             self.server = RedisCluster(*RedisServer.DURABLE, replicas=0)
             self.url = self.server.url
         else:
-            self.server = PostgresServer() if name == "postgres" else MariaDBServer()
+            self.server = {"postgres": PostgresServer, "mysql": MariaDBServer, "surrealdb": SurrealServer}[name]()
             self.url = ""
 
     def __enter__(self) -> Self:

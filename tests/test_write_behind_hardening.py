@@ -777,6 +777,8 @@ def _damage(kept: Kept, key: bytes | None) -> None:
         kept.server.run(f"UPDATE shmsession SET state = 7 WHERE handle = '\\x{key.hex()}'", kept.database)
     elif kept.name == "mysql":
         kept.server.run(f"UPDATE shmsession SET state = 7 WHERE handle = x'{key.hex()}'", kept.database)
+    elif kept.name == "surrealdb":
+        kept.server.run(f"UPDATE shmsession:⟨{key.hex()}⟩ SET state = 7", kept.database)
     else:
         assert kept.server.ask("SETRANGE", f"shmsession:row:{key.hex()}", "0", "7").startswith(b":")
 

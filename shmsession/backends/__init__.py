@@ -21,6 +21,7 @@ class _Kind(NamedTuple):
 _POSTGRES: Final = _Kind("postgres", "PostgresBackend", "postgres")
 _MYSQL: Final = _Kind("mysql", "MySQLBackend", "mysql")
 _REDIS: Final = _Kind("redis", "RedisBackend", "redis")
+_SURREALDB: Final = _Kind("surrealdb", "SurrealDBBackend", "surrealdb")
 _KINDS: Final = {
     "sqlite": _Kind("sqlite", "SQLiteBackend"),
     "postgresql": _POSTGRES,
@@ -34,11 +35,16 @@ _KINDS: Final = {
     "rediss+cluster": _REDIS,
     "redis+sentinel": _REDIS,
     "rediss+sentinel": _REDIS,
+    "surrealdb+ws": _SURREALDB,
+    "surrealdb+wss": _SURREALDB,
+    "surrealdb+surrealkv": _SURREALDB,
+    "surrealdb+mem": _SURREALDB,
 }
 _EXAMPLES: Final = (
     "sqlite:///file, postgresql://host/database (or postgres://), mysql://user@host/database (or mariadb://), "
     "redis://host (or rediss://, with TLS), unix:///socket (Redis on a socket), "
-    "redis+cluster://host,host2 (or rediss+cluster://) or redis+sentinel://host,host2/service (or rediss+sentinel://)"
+    "redis+cluster://host,host2 (or rediss+cluster://), redis+sentinel://host,host2/service (or rediss+sentinel://) "
+    "or surrealdb+ws://host/namespace/database (or surrealdb+wss://)"
 )
 
 
