@@ -333,6 +333,7 @@ class Flusher:
         answers = await self._backend.write(rows)
         if len(answers) != len(rows):
             raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
+        await self._sentinel.ask_history()  # before any answer is believed
         self._failures = 0
         self._telling.forget()
         self._environment.backend_down_until = 0

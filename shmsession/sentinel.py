@@ -92,10 +92,21 @@ class Sentinel:
             await self._backend.initialize()
             self.initialized = True
         if not self.shared:
+            await self.ask_history()
             await self._take_over()
         self.greeted = self._looked = looking
         self._environment.vouched = boot
         return True
+
+    async def ask_history(self) -> None:
+        """Note it when another server answers than before: it may lack what that one had acknowledged, and what was
+        sent since counts as lost. The sentinel does not show all of it: of several servers each goes on by itself."""
+        history = getattr(self._backend, "history", None)
+        if history is None or self.shared:
+            return
+        found: bytes = await history()
+        if found and self._outbox.note_history(found):
+            self.greeted = None
 
     async def _take_over(self) -> None:
         known = self._environment.epoch, self._outbox.note(_BEAT)  # before: another flusher may go on meanwhile

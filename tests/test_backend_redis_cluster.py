@@ -43,6 +43,41 @@ class TestRedisClusterContract(BackendContract):
         return RedisBackend(self.url)
 
 
+def test_its_history_is_another_whenever_a_master_is_and_never_an_old_one_again(redis_cluster: RedisCluster) -> None:
+    """Slots that move between them are no such matter."""
+
+    async def told(backend: RedisBackend) -> bytes:
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        while True:
+            try:
+                return await backend.history()
+            except BackendUnavailable:
+                assert asyncio.get_running_loop().time() < deadline
+                await asyncio.sleep(0)
+
+    async def play() -> None:
+        async with opened(redis_cluster.url) as backend:
+            seen = [await told(backend)]
+            await backend.write([live(n, now() + HOUR) for n in range(30)])
+            one, other, *_ = redis_cluster.masters
+            moved = min(one.slots)
+            for target in (other, one):
+                redis_cluster.move(moved, target)
+                assert await told(backend) == seen[0]
+            master, replica = one, redis_cluster.replica(one)
+            for promoted in (replica, master):
+                redis_cluster.promote(promoted)
+                seen.append(await told(backend))
+            redis_cluster.masters[0].restart()
+            redis_cluster.revive()
+            seen.append(await told(backend))
+            assert len(set(seen)) == 4
+            async with opened(redis_cluster.url) as second:
+                assert await told(second) == seen[-1], "whoever asks"
+
+    asyncio.run(play())
+
+
 @contextlib.contextmanager
 def looking(cluster: RedisCluster) -> Iterator["Looking"]:
     """redis-py's own client, which looks at the keys."""

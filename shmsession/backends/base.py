@@ -88,7 +88,10 @@ class Backend(Protocol):
     A database that cannot be reached, or does not answer in time, raises BackendUnavailable; one that answers with an
     error raises BackendError with a message that says what to do. No answer is ever made up: an error is no absence.
 
-    One that keeps its rows in a file may say in which by an attribute `path`: a generated Key is kept beside it.
+    One that keeps its rows in a file may say in which by an attribute `path`: a generated Key is kept beside it. One
+    whose servers may be replaced by others, which lack what was acknowledged last, may have a method
+    `async def history(self) -> bytes`: what it returns is another when such a one answers from now on, never the same
+    as before again; b"" when that cannot be told. It is asked after each batch.
     """
 
     name: str

@@ -207,6 +207,12 @@ class RedisBackend:
                 await self._unlist([(was[1], h, was[2]) for h, was in zip(handles, killed, strict=True) if was])
         return live
 
+    async def history(self) -> bytes:
+        """See Backend. Of a cluster, that of all masters."""
+        async with self._client.question():
+            found = await self._client.histories()
+        return repr(found).encode() if all(what for _, what in found) else b""
+
     # ── keys and values ───────────────────────────────────────────────────────────────────────────────────────
 
     def _row_key(self, handle: bytes) -> str:

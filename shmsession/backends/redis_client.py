@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -20,6 +20,8 @@ from redis.backoff import NoBackoff
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
 from .redis_scripts import Script
+
+_HISTORY: Final = re.compile(rb"^(?:role|master_replid):\w+", re.MULTILINE)
 
 Command = tuple[Any, ...]
 Address = tuple[str, int]
@@ -69,6 +71,25 @@ class Client(ABC):
     @abstractmethod
     async def unmoved(self, layout: "Mapping[Server, str]") -> bool:
         """Whether no key can have gone from one of them to another since the layout was asked for."""
+
+    @abstractmethod
+    async def servers(self) -> "Collection[Server]":
+        """Those that are asked for all the keys between them, as far as is known."""
+
+    async def histories(self) -> list[tuple[str, list[bytes]]]:
+        """With which histories the servers go on: one that restarts or is promoted begins another.
+
+        Nothing of one that keeps it secret. Raises ReadOnlyError when one has become a replica.
+        """
+
+        async def history(server: Server) -> tuple[str, list[bytes]]:
+            (info,) = await server.exchange([("INFO", "replication")])
+            found = [] if isinstance(info, Exception) else _HISTORY.findall(info)
+            if b"role:slave" in found:
+                raise exceptions.ReadOnlyError("it has become a replica")
+            return server.name, found
+
+        return sorted(await asyncio.gather(*map(history, await self.servers())))
 
     @abstractmethod
     async def doubt(self) -> None:
@@ -203,6 +224,10 @@ class Server(Client):
     async def unmoved(self, layout: "Mapping[Server, str]") -> bool:
         """There is nowhere to go."""
         return True
+
+    async def servers(self) -> "Collection[Server]":
+        """It alone."""
+        return (self,)
 
     async def doubt(self) -> None:
         """Another server may answer to the same name now: no idle connection is kept."""

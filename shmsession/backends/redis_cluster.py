@@ -8,7 +8,7 @@ import asyncio
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from redis import exceptions
@@ -205,6 +205,11 @@ class Cluster(Client):
             self._doubtful = True
             raise exceptions.ClusterDownError(f"nobody has slot {slot}")
         return self._owners[slot]
+
+    async def servers(self) -> Collection[Server]:
+        """The masters."""
+        await self._know()
+        return [self._server(address) for address in dict.fromkeys(self._owners.values())]
 
     def _distrust(self, address: Address) -> None:
         self._failed.add(address)

@@ -1,6 +1,7 @@
 """What a backend has yet to hear of: read in order, crossed off when it has heard, put back when it forgot."""
 
 import sys
+from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from shmsession.clock import Clock
@@ -11,7 +12,19 @@ from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDR
 from . import room
 from .environment import Environment
 from .seal import RecordSeal
-from .tables import LOSSES, PUT_BACK, RECALLED, Tables, Txn, number, remove, sequence_key, sequence_moment, waits
+from .tables import (
+    HISTORY,
+    LOSSES,
+    PUT_BACK,
+    RECALLED,
+    Tables,
+    Txn,
+    number,
+    remove,
+    sequence_key,
+    sequence_moment,
+    waits,
+)
 from .writing import Writer
 
 CHUNK: Final = 100
@@ -325,6 +338,24 @@ class Outbox:
             txn.put(LOSSES, sequence_key(losses + 1), db=tables.meta)
 
         self._environment.write(work)
+
+    def note_history(self, history: bytes) -> bool:
+        """With what the backend goes on. When that was another one it may have lost something; whether it was."""
+        digest = blake2b(history, digest_size=8).digest()
+        known = self._environment.read(lambda txn, tables: txn.get(HISTORY, db=tables.meta))
+        if known == digest:
+            return False
+
+        def work(txn: Txn, tables: Tables) -> bool:
+            known = txn.get(HISTORY, db=tables.meta)
+            txn.put(HISTORY, digest, db=tables.meta)
+            if known in (None, digest):
+                return False
+            losses = number(txn.get(LOSSES, db=tables.meta))  # type: ignore[arg-type]
+            txn.put(LOSSES, sequence_key(losses + 1), db=tables.meta)
+            return True
+
+        return self._environment.write(work)
 
     def note_put_back(self, losses: int, *, by_all: bool) -> None:
         """All that this process can read waits again since `losses()` was this; `by_all`: and nothing else is left.
