@@ -939,7 +939,7 @@ def test_a_busy_server_is_unavailable() -> None:
         ("MISCONF Redis is configured to save RDB snapshots, but it cannot", False, "cannot write to its disk"),
         ("NOAUTH Authentication required.", False, "refuses the credentials"),
         ("WRONGPASS invalid username-password pair or user is disabled.", False, "refuses the credentials"),
-        ("NOPERM this user has no permissions to run the 'get' command", False, "shmsession:\\* and the commands"),
+        ("NOPERM this user has no permissions to run the 'get' command", False, "shmsession:\\*, and @read"),
         ("MOVED 3999 127.0.0.1:6381", False, "node of a cluster"),
         ("CROSSSLOT Keys in request don't hash to the same slot", False, "node of a cluster"),
         ("WRONGTYPE Operation against a key holding the wrong kind of value", False, "choose another prefix="),
@@ -1065,6 +1065,22 @@ def test_settings_under_which_the_server_forgets_are_warned_of(
     assert all(part in message for part, message in zip(warned, caplog.messages, strict=True))
 
 
+def test_its_history_is_another_after_a_restart_and_a_replica_has_none(durable_redis: RedisServer) -> None:
+    async def play() -> None:
+        async with opened(durable_redis.url) as backend:
+            first = await backend.history()
+            await backend.write([live(1, now() + HOUR)])
+            assert await backend.history() == first != b""
+            durable_redis.restart()
+            assert await backend.history() not in (first, b"")
+            assert durable_redis.ask("REPLICAOF", "127.0.0.1", "1").startswith(b"+OK")
+            with pytest.raises(BackendUnavailable, match="the URL must name the primary"):
+                await backend.history()
+            assert durable_redis.ask("REPLICAOF", "NO", "ONE").startswith(b"+OK")
+
+    asyncio.run(play())
+
+
 def test_the_permissions_that_the_documentation_and_the_advice_name_are_enough(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -1077,8 +1093,11 @@ def test_the_permissions_that_the_documentation_and_the_advice_name_are_enough(
             assert await backend.write([row]) == [Answer(True, None)]
             assert await backend.sessions_of(row.user) == [row]
             assert (await backend.count(), await backend.sweep(now(), 10), await backend.clear()) == (1, 0, 1)
+            assert await backend.history() != b""
+            assert server.ask("ACL", "SETUSER", "shop", "-info").startswith(b"+OK")
+            assert await backend.history() == b"", "it cannot be told"
         async with opened(f"unix://shop:secret@{server.socket}", prefix="else") as backend:
-            with pytest.raises(BackendError, match="else:\\* and the commands @read, @write, @scripting and TIME"):
+            with pytest.raises(BackendError, match=r"else:\*, and @read, @write, @scripting, INFO and TIME"):
                 await backend.load(handle_of(1))
 
     with RedisServer() as server:

@@ -659,6 +659,7 @@ def test_credentials_reach_every_node_and_the_rights_that_are_documented_are_eno
             rows = [live(n, now() + HOUR, user=user_of(1)) for n in range(20)]
             assert await backend.write(rows) == [Answer(True, None)] * 20
             assert sorted(await backend.sessions_of(user_of(1))) == sorted(rows)
+            assert await backend.history() != b""
             source = cluster.owner(row_key(handle_of(1)))
             slot, target = slot_of(row_key(handle_of(1))), other_than(source, cluster)
             cluster.begin_move(slot, source, target)

@@ -271,7 +271,7 @@ _LASTING: Final = {
     "OOM": "it has reached maxmemory: give it more; leave maxmemory-policy at noeviction, or it drops sessions",
     "MISCONF": "it cannot write to its disk and refuses changes: see its log",
     "NOAUTH": "it refuses the credentials: write redis://user:password@host, percent-encoded",
-    "NOPERM": "its ACL must allow this user the keys {prefix}:* and the commands @read, @write, @scripting and TIME; "
+    "NOPERM": "its ACL must allow this user the keys {prefix}:*, and @read, @write, @scripting, INFO and TIME; "
     "in a cluster also ASKING, CLUSTER SLOTS and CLUSTER NODES",
     "WRONGTYPE": "a key that begins with {prefix}: is not ours: choose another prefix=",
     "MOVED": "it is a node of a cluster: write redis+cluster://… to use that",
