@@ -99,6 +99,7 @@ def mariadb_database(mariadb: MariaDBServer) -> Iterator[str]:
     mariadb.revive().drop_database(name)
 
 
+@pytest.fixture(scope="session")
 def _poolers(_postgres_server: PostgresServer) -> Iterator[Callable[[str], PgBouncer]]:
     poolers: dict[str, PgBouncer] = {}
 

@@ -65,9 +65,9 @@ def test_any_two_values_of_any_two_settings_stand_together_in_a_row() -> None:
         for one in ones
         for other in others
     }
-    assert len(wanted) == 87
+    assert len(wanted) == 107
     assert set().union(*map(pairs, ROWS)) == wanted
-    assert 15 <= len(ROWS) <= 17, "five backends in each of three modes are fifteen"
+    assert 21 <= len(ROWS) <= 23, "seven backends, or none, in each of three modes are twenty-one"
 
 
 # ── what the table says in a row ──────────────────────────────────────────────────────────────────────────────
