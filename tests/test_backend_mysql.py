@@ -11,7 +11,6 @@ from typing import Any, ParamSpec
 
 import asyncmy
 import pytest
-from asyncmy.connection import Connection as Driver
 
 from shmsession.backends import FOREVER, SENTINEL, Answer, Backend, Mark, Row, State, connect, mysql_pool
 from shmsession.backends.mysql import SCHEMA, MySQLBackend
@@ -290,21 +289,47 @@ async def test_a_connection_that_has_just_answered_is_not_asked_whether_it_works
 ) -> None:
     """One that was idle for a while is; when it does not, the next question goes over a new one."""
     pinged: list[object] = []
-    ping = Driver.ping
+    ping = mysql_pool.Connection.ping
 
-    async def pinging(connection: Any, reconnect: bool) -> None:
+    async def pinging(connection: mysql_pool.Connection) -> None:
         pinged.append(connection)
-        await ping(connection, reconnect)
+        await ping(connection)
 
-    monkeypatch.setattr(Driver, "ping", pinging)
+    monkeypatch.setattr(mysql_pool.Connection, "ping", pinging)
     monkeypatch.setattr(mysql_pool, "FRESH_SECONDS", PATIENCE)
     async with opened(url, max_size=1) as backend:
         for number in range(5):
             await backend.write([live(number)])
-        assert pinged == []
+        assert len(pinged) == 1, "when it was new"
         monkeypatch.setattr(mysql_pool, "FRESH_SECONDS", 0.0)
         assert await backend.count() == 5
-        assert len(pinged) == 1
+        assert len(pinged) == 2
+
+
+@asynchronous
+async def test_a_server_that_has_become_read_only_is_asked_nothing_more(
+    url: str, settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica may lack what its primary has, and cuts nobody off: what it does not have is not absent."""
+    monkeypatch.setattr(mysql_pool, "FRESH_SECONDS", 0.0)
+    async with opened(url) as backend, opened(url) as later:
+        await backend.write([live(1)])
+        settings(read_only=1)
+        for one in (backend, later):
+            assert "name the primary" in str(await fails(one.load(live(2).handle), BackendError))
+        settings(read_only=0)
+        for one in (backend, later):
+            assert await one.load(live(1).handle) == live(1)
+
+
+@asynchronous
+async def test_tables_that_were_removed_are_made_again(mariadb: MariaDBServer, mariadb_database: str, url: str) -> None:
+    """Also when what says their version is still there."""
+    async with opened(url) as backend:
+        mariadb.run("DROP TABLE shmsession", mariadb_database)
+        assert "initdb" in str(await fails(backend.load(live(1).handle), BackendError))
+        await backend.initialize()
+        assert await backend.load(live(1).handle) is None
 
 
 @asynchronous

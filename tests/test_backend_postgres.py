@@ -446,6 +446,18 @@ async def test_another_programs_table_is_left_alone(
 
 
 @asynchronous
+async def test_tables_that_were_removed_are_made_again(
+    postgres: PostgresServer, postgres_database: str, url: str
+) -> None:
+    """Also when what says their version is still there."""
+    async with opened(url) as backend:
+        postgres.run("DROP TABLE shmsession", postgres_database)
+        await fails(backend.load(live(1).handle), BackendError)
+        await backend.initialize()
+        assert await backend.load(live(1).handle) is None
+
+
+@asynchronous
 async def test_missing_tables_are_named(url: str) -> None:
     backend = PostgresBackend(url)
     await backend.open()

@@ -126,6 +126,44 @@ def test_a_primary_that_was_demoted_by_hand_is_left_as_soon_as_the_sentinel_name
         asyncio.run(play(service))
 
 
+def test_no_answer_is_believed_of_an_old_primary_that_wakes_up_while_it_was_not_asked() -> None:
+    """A process that asked nothing meanwhile still has its connection, and a session's absence there is none."""
+
+    async def play(service: Service) -> None:
+        async with opened(service.url()) as idle, opened(service.url()) as busy:
+            await idle.initialize()
+            service.primary.freeze()
+            await until_answered(lambda: busy.write([live(1, now() + HOUR)]), 5)
+            service.primary.thaw()
+            assert all([await idle.load(handle_of(1)) for _ in range(3)])
+
+    with Service() as service:
+        asyncio.run(play(service))
+
+
+def test_no_write_is_believed_that_only_an_old_primary_has_applied() -> None:
+    """Over a connection that was in use when the new one became known; what is asked over another shows nothing."""
+
+    async def play(service: Service) -> None:
+        async with opened(service.url(), timeout=20) as backend:
+            await backend.write([live(1, now() + HOUR)])
+            service.primary.freeze()
+            slow = asyncio.create_task(backend.load(handle_of(1)))  # over the connection that there is
+            await asyncio.to_thread(wait_for, lambda: b"slave" not in service.replica.ask("ROLE"), "the promotion")
+            known = await until_answered(backend.history, 20)  # of the new primary, over a new connection
+            service.primary.thaw()
+            await slow
+            (answer,) = await backend.write([live(2, now() + HOUR)])
+            load, history = asyncio.create_task(backend.load(handle_of(2))), asyncio.create_task(backend.history())
+            await asyncio.wait((load, history))
+            is_there = service.replica.ask("EXISTS", f"shmsession:row:{handle_of(2).hex()}") == b":1\r\n"
+            assert is_there or history.exception() or history.result() != known or not answer.applied
+            load.exception()
+
+    with Service() as service:
+        asyncio.run(play(service))
+
+
 def test_a_sentinel_that_answers_nothing_leaves_time_for_the_next(service: Service) -> None:
     async def play() -> None:
         with Sentinel(1) as silent:

@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -369,7 +370,7 @@ def test_what_is_answered_is_on_disk_and_readers_wait_for_nobody(path: Path) -> 
         names = ("journal_mode", "synchronous", "secure_delete")
         return [(await backend._ask(backend._fetch, f"PRAGMA {name}"))[0][0] for name in names]
 
-    assert using(path, ask) == ["wal", 2, 1]
+    assert using(path, ask) == [b"wal", 2, 1]
 
 
 def test_nothing_of_a_destroyed_session_is_left_in_the_file(path: Path) -> None:
@@ -568,6 +569,29 @@ def test_a_file_system_without_shared_memory_is_refused(path: Path, monkeypatch:
     monkeypatch.setattr(sqlite3, "connect", lambda name, **options: connect(f"{name}&vfs=unix-dotfile", **options))
     kind, said = message(path, lambda backend: backend.initialize())
     assert (kind, said) == ("BackendError", f"{path} cannot have a write-ahead log: put it on a disk of this host")
+
+
+def test_no_message_shows_a_body_that_is_damaged(path: Path) -> None:
+    """The driver quotes text that it cannot decode."""
+    store(path, live(1, LATER))
+    raw(path, "UPDATE shmsession SET body = CAST(x'736563726574ff' AS TEXT)")
+
+    async def work(backend: SQLiteBackend) -> str:
+        try:
+            return repr(await backend.load(handle_of(1)))
+        except BackendError as error:
+            return "".join(traceback.format_exception(error))
+
+    assert "secret" not in using(path, work)
+
+
+@pytest.mark.parametrize("column", ["epoch", "version", "horizon"])
+def test_a_row_whose_numbers_are_none_is_damaged(path: Path, column: str) -> None:
+    store(path, live(1, LATER))
+    raw(path, f"UPDATE shmsession SET {column} = 'text'")
+    kind, said = message(path, lambda backend: backend.load(handle_of(1)))
+    assert kind == "BackendError"
+    assert "is damaged" in said
 
 
 def test_a_batch_is_a_handful_of_statements(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,14 @@ def test_a_session_that_ends_while_it_is_copied_is_copied_as_dead_or_not_at_all(
     assert target.state(handle_of(2)) is None
 
 
+def test_no_more_is_written_at_once_than_a_slow_connection_carries_in_time() -> None:
+    source, target = MemoryBackend(labelled=False), MemoryBackend(labelled=False)
+    run(source.write([live(n, LATER, body=bytes(100_000)) for n in range(50)] + [live(50, LATER, body=bytes(3 << 20))]))
+    assert run(copy(source, target)) == 51
+    assert target.sessions() == source.rows
+    assert all(sum(len(row.body) for row in batch) <= 1 << 20 or len(batch) == 1 for batch in target.sent)
+
+
 def test_a_copy_that_fails_can_be_repeated(place: Path) -> None:
     source, target = MemoryBackend(labelled=False), MemoryBackend(labelled=False)
     run(source.write([live(n, LATER) for n in range(1_200)]))

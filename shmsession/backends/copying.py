@@ -6,6 +6,8 @@ from typing import Final
 from .base import Backend, Row
 
 BATCH: Final = 500
+BATCH_BYTES: Final = 1 << 20
+"""So many rows are written at once, or fewer of about so many bytes: a slow connection must carry them in time."""
 AT_ONCE: Final = 32
 """How many rows are asked for at a time; a backend that takes fewer questions lets the others wait."""
 
@@ -17,16 +19,19 @@ async def copy(source: Backend, target: Backend) -> int:
     `source` meanwhile may be missing, or be copied as it was. Raises BackendError; it may be called again then.
     """
     written, handles = 0, [handle async for handle in source.handles()]
-    for begin in range(0, len(handles), BATCH):
-        rows = await _loaded(source, handles[begin : begin + BATCH])
-        written += sum(answer.applied for answer in await target.write(rows))
-    return written
-
-
-async def _loaded(source: Backend, handles: list[bytes]) -> list[Row]:
-    """The rows that are still there; a dead one, too."""
-    rows: list[Row] = []
+    batch: list[Row] = []
+    size = 0
     for begin in range(0, len(handles), AT_ONCE):
-        found = await asyncio.gather(*map(source.load, handles[begin : begin + AT_ONCE]))
-        rows += (row for row in found if row is not None)
-    return rows
+        for row in await asyncio.gather(*map(source.load, handles[begin : begin + AT_ONCE])):
+            if row is None:
+                continue
+            if batch and (len(batch) == BATCH or size + len(row.body) > BATCH_BYTES):
+                written += await _write(target, batch)
+                batch, size = [], 0
+            batch.append(row)
+            size += len(row.body)
+    return written + await _write(target, batch)
+
+
+async def _write(target: Backend, rows: list[Row]) -> int:
+    return sum(answer.applied for answer in await target.write(rows))

@@ -157,11 +157,21 @@ class MySQLBackend:
         the same time too, and the version comes last.
         """
         async with self._connection() as connection:
-            if await self._version(connection) is not None:
+            if await self._version(connection) is not None and await self._is_there(connection):
                 return
             for step in (_MAKE, _IS_OURS, _MAKE_META, _SET_VERSION):
                 await connection.ask(self._sql(step))
             await self._version(connection)
+
+    async def _is_there(self, connection: Connection) -> bool:
+        """Whether there is the table of rows."""
+        try:
+            await connection.ask(self._sql(_IS_OURS))
+        except errors.MySQLError as error:
+            if number_of(error) == NO_SUCH_TABLE:
+                return False
+            raise
+        return True
 
     async def _version(self, connection: Connection) -> int | None:
         """That of the tables, if there are any. Raises BackendError when it is not ours."""

@@ -18,6 +18,7 @@ CONNECT_FAILED: Final = 2003
 NO_PLUGIN: Final = 2059
 MALFORMED: Final = 2027
 NO_SUCH_TABLE: Final = 1146
+READ_ONLY: Final = 1290
 
 _UNAVAILABLE: Final = {
     *BUSY,
@@ -54,7 +55,7 @@ _ADVICE: Final = {
     1143: _GRANTS,
     NO_SUCH_TABLE: "Make the tables: `shmsession initdb`, or `initialize()`.",
     1153: "A session is too large for it: raise max_allowed_packet there.",
-    1290: _READ_ONLY,
+    READ_ONLY: _READ_ONLY,
     1347: _ANOTHER,
     1665: "Set binlog_format=ROW, or MIXED, there.",
     1698: _CREDENTIALS,

@@ -19,7 +19,7 @@ from asyncmy import errors
 from shmsession import _native
 
 from .mysql_address import Address
-from .mysql_errors import BUSY, MALFORMED, NO_PLUGIN, explain, number_of
+from .mysql_errors import BUSY, MALFORMED, NO_PLUGIN, READ_ONLY, explain, number_of
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class Connection:
         await self.ask(_SETTINGS.format(seconds=seconds))
         await self.ask(_ISOLATION)
         ((self.max_packet,),) = await self.ask("SELECT @@max_allowed_packet")
+        await self.ping()
 
     async def ask(self, statement: str) -> list[tuple[Any, ...]]:
         """All rows that a statement answers."""
@@ -88,8 +89,13 @@ class Connection:
         return not poll.poll(0)
 
     async def ping(self) -> None:
-        """Raises an error of the driver's unless the server answers."""
-        await self._driver.ping(reconnect=False)
+        """Raises an error of the driver's unless the server answers, and may be written to.
+
+        One that became a replica keeps its connections, and what it lacks is not absent.
+        """
+        ((read_only,),) = await self.ask("SELECT @@global.read_only")
+        if read_only not in (0, "OFF"):
+            raise errors.OperationalError(READ_ONLY, "The server has become read-only")
 
     def cut(self) -> None:
         """Break it, at once: the driver's own way waits until the server has read what was sent."""

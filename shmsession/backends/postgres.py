@@ -165,7 +165,7 @@ class PostgresBackend:
         await self._with_connection(self._make, again=_MADE_BY_OTHERS)
 
     async def _make(self, connection: Connection) -> None:
-        if await self._version(connection) is not None:
+        if await self._version(connection) is not None and await self._is_there(connection, "table"):
             return
         try:
             # One transaction, also without BEGIN. It takes the strongest lock first: so it cannot deadlock.
@@ -173,10 +173,13 @@ class PostgresBackend:
         except _UNKNOWN:
             await connection.execute(self._sql(_CREATE + _REST))
 
+    async def _is_there(self, connection: Connection, name: str) -> bool:
+        exists = b"SELECT 1 FROM pg_catalog.pg_class WHERE oid = to_regclass(%s)"
+        return bool(await connection.ask(exists, [self._names[name]]))
+
     async def _version(self, connection: Connection) -> int | None:
         """That of the tables, if there are any. Raises BackendError when it is not ours."""
-        exists = b"SELECT 1 FROM pg_catalog.pg_class WHERE oid = to_regclass(%s)"
-        if not await connection.ask(exists, [self._names["meta"]]):
+        if not await self._is_there(connection, "meta"):
             return None
         rows = await connection.ask(self._sql("SELECT version FROM {meta}"), [])
         version = int(rows[0][0]) if rows else 0

@@ -211,7 +211,7 @@ class RedisBackend:
         """See Backend. Of a cluster, that of all masters."""
         async with self._client.question():
             found = await self._client.histories()
-        return repr(found).encode() if all(what for _, what in found) else b""
+        return b" ".join(found)
 
     # ── keys and values ───────────────────────────────────────────────────────────────────────────────────────
 

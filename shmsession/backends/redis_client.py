@@ -21,6 +21,7 @@ from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 
 from .redis_scripts import Script
 
+_INFO: Final = ("INFO", "replication")
 _HISTORY: Final = re.compile(rb"^(?:role|master_replid):\w+", re.MULTILINE)
 
 Command = tuple[Any, ...]
@@ -51,6 +52,8 @@ class Client(ABC):
     def __init__(self, name: str, *, prefix: str, timeout: float) -> None:
         self.name = name
         self._prefix, self._timeout = prefix, timeout
+        self.met: set[bytes] = set()
+        """The histories of the servers that were told to change something, as these said in the same breath."""
 
     @abstractmethod
     def open(self) -> None:
@@ -61,8 +64,8 @@ class Client(ABC):
         """Close all connections."""
 
     @abstractmethod
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order, errors among them."""
+    async def exchange(self, commands: Sequence[Command], *, met: set[bytes] | None = None) -> list[Any]:
+        """The replies, in order, errors among them. To `met` the servers' histories are added."""
 
     @abstractmethod
     async def layout(self) -> "Mapping[Server, str]":
@@ -76,20 +79,22 @@ class Client(ABC):
     async def servers(self) -> "Collection[Server]":
         """Those that are asked for all the keys between them, as far as is known."""
 
-    async def histories(self) -> list[tuple[str, list[bytes]]]:
+    async def histories(self) -> list[bytes]:
         """With which histories the servers go on: one that restarts or is promoted begins another.
 
-        Nothing of one that keeps it secret. Raises ReadOnlyError when one has become a replica.
+        Nothing when one keeps it secret. Raises ReadOnlyError when one has become a replica, and ConnectionError when
+        one that answered a `call` since this was last asked is no more among them: over a connection that is older
+        than the change, that was told to a server whose place another one has taken.
         """
-
-        async def history(server: Server) -> tuple[str, list[bytes]]:
-            (info,) = await server.exchange([("INFO", "replication")])
-            found = [] if isinstance(info, Exception) else _HISTORY.findall(info)
-            if b"role:slave" in found:
-                raise exceptions.ReadOnlyError("it has become a replica")
-            return server.name, found
-
-        return sorted(await asyncio.gather(*map(history, await self.servers())))
+        servers = await self.servers()
+        found: set[bytes] = set()
+        await asyncio.gather(*(server.exchange([], met=found) for server in servers))
+        if any(_is_replica(history) for history in found):
+            raise exceptions.ReadOnlyError("it has become a replica")
+        met, self.met = self.met, set()
+        if not all(history in found or _is_replica(history) for history in met):
+            raise exceptions.ConnectionError("another server has taken the place of the one that was written to")
+        return [] if b"" in found else sorted(found)
 
     @abstractmethod
     async def doubt(self) -> None:
@@ -107,11 +112,11 @@ class Client(ABC):
                 await self.doubt()
             raise failure from error
 
-    async def ask(self, *commands: Command, missing: bool = False) -> list[Any]:
+    async def ask(self, *commands: Command, missing: bool = False, met: set[bytes] | None = None) -> list[Any]:
         """The replies, in order. The first error among them is raised; NOSCRIPT may be let through as `missing`."""
         if not commands:
             return []
-        replies = await self.exchange(commands)
+        replies = await self.exchange(commands, met=met)
         for reply in replies:
             if isinstance(reply, Exception) and not (missing and isinstance(reply, exceptions.NoScriptError)):
                 raise reply
@@ -119,9 +124,9 @@ class Client(ABC):
 
     async def call(self, script: Script, calls: Sequence[Command]) -> list[Any]:
         """Run a script for each (key, *arguments); whole, where the server has forgotten it, which then knows it."""
-        replies = await self.ask(*(("EVALSHA", script.sha, 1, *call) for call in calls), missing=True)
+        replies = await self.ask(*(("EVALSHA", script.sha, 1, *call) for call in calls), missing=True, met=self.met)
         forgotten = [index for index, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
-        whole = await self.ask(*(("EVAL", script.text, 1, *calls[index]) for index in forgotten))
+        whole = await self.ask(*(("EVAL", script.text, 1, *calls[index]) for index in forgotten), met=self.met)
         for index, reply in zip(forgotten, whole, strict=True):
             replies[index] = reply
         return replies
@@ -195,8 +200,10 @@ class Server(Client):
             raise BackendUnavailable(f"{self.name} is not open: `await backend.open()` first")
         return self._redis
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+    async def exchange(self, commands: Sequence[Command], *, met: set[bytes] | None = None) -> list[Any]:
         """Over one connection, once more where that turns out to be broken."""
+        if met is not None:
+            commands = [*commands, _INFO]
         pool = self._open.connection_pool
         async with self._turns:
             connection = await pool.get_connection()
@@ -206,6 +213,8 @@ class Server(Client):
                 )
             finally:
                 await pool.release(connection)
+        if met is not None:
+            met.add(_history(replies.pop()))
         return replies
 
     async def allowed(self, *command: str) -> dict[str, Any]:
@@ -234,6 +243,20 @@ class Server(Client):
         if self._redis is not None:
             with suppress(exceptions.RedisError, OSError):
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
+
+
+def _history(info: Any) -> bytes:
+    """What INFO says of it; b"" for one that keeps it secret. Raises what else was answered."""
+    if isinstance(info, Exception):
+        if isinstance(info, exceptions.NoPermissionError) or "unknown command" in str(info):
+            return b""
+        raise info
+    return b" ".join(_HISTORY.findall(info))
+
+
+def _is_replica(history: bytes) -> bool:
+    """Whether it is that of a server that changes nothing when it is told to."""
+    return history.startswith(b"role:slave")
 
 
 async def _exchange(connection: Any, commands: Sequence[Command]) -> list[Any]:

@@ -96,7 +96,7 @@ class Cluster(Client):
 
     # ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+    async def exchange(self, commands: Sequence[Command], *, met: set[bytes] | None = None) -> list[Any]:
         """Each command goes to the master of its key, and on to where that one sends it."""
         slots = [_slot(command) for command in commands]
         replies: list[Any] = [None] * len(commands)
@@ -107,7 +107,7 @@ class Cluster(Client):
             for index, asked in pending.items():
                 groups.setdefault((asked or self._owner(slots[index]), asked is not None), []).append(index)
             answers = await asyncio.gather(
-                *(self._sent(address, [commands[i] for i in indexes], asking=asking)
+                *(self._sent(address, [commands[i] for i in indexes], asking=asking, met=met)
                   for (address, asking), indexes in groups.items())
             )  # fmt: skip
             pending = {}
@@ -130,12 +130,15 @@ class Cluster(Client):
                 await asyncio.sleep(0.01 * 2**redirection)
         raise exceptions.ClusterDownError("its nodes do not agree who has which keys")
 
-    async def _sent(self, address: Address, commands: list[Command], *, asking: bool) -> list[Any] | Exception:
+    async def _sent(
+        self, address: Address, commands: list[Command], *, asking: bool, met: set[bytes] | None
+    ) -> list[Any] | Exception:
         """The replies of one node, or why there are none."""
         try:
             if not asking:
-                return await self._server(address).exchange(commands)
-            replies = await self._server(address).exchange([c for command in commands for c in (("ASKING",), command)])
+                return await self._server(address).exchange(commands, met=met)
+            asked: list[Command] = [c for command in commands for c in (("ASKING",), command)]
+            replies = await self._server(address).exchange(asked, met=met)
             return replies[1::2]
         except _FAILURES as error:
             self._distrust(address)

@@ -1,5 +1,7 @@
 """A Redis whose primary Sentinels know: each connection is made to the one that they name."""
 
+import asyncio
+import math
 import sys
 from typing import Any, Final
 
@@ -13,10 +15,30 @@ from shmsession.errors import ConfigError
 from .redis_client import Address, Server, named_hosts, parsed_hosts
 
 PORT: Final = 26379
+FRESH_SECONDS: Final = 1.0
+"""So long after Sentinels named the primary it is believed to be that. One that was cut off from them, or asleep, goes
+on answering to whoever has a connection, until they have told it."""
 
 
 class _Pool(SentinelConnectionPool):
-    """Which closes its connections to Sentinels too."""
+    """Which closes its connections to Sentinels too, and asks these anew who is the primary."""
+
+    _named = -math.inf
+
+    async def get_master_address(self) -> Address:
+        address: Address = await super().get_master_address()  # type: ignore[no-untyped-call]
+        self._named = asyncio.get_running_loop().time()
+        return address
+
+    async def get_connection(self, *arguments: Any, **options: Any) -> Any:
+        if asyncio.get_running_loop().time() - self._named >= FRESH_SECONDS:
+            await self.get_master_address()
+        return await super().get_connection(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    async def release(self, connection: Any) -> None:
+        if self.master_address != (connection.host, connection.port):
+            await connection.disconnect(nowait=True)
+        await super().release(connection)
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)

@@ -31,6 +31,8 @@ T = TypeVar("T")
 PAGE: Final = 1000
 """How many rows are listed, swept or cleared in one go: no longer than a large batch takes to write."""
 
+_TYPES: Final = [int, int, int, bytes, bytes]
+"""Of a row's epoch, version, horizon, user and body: SQLite keeps any value in any column."""
 _NOTHING: Final = (None, -1, b"")
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _UNAVAILABLE: Final = {
@@ -311,7 +313,6 @@ def _code(error: sqlite3.Error) -> int:
 
 def _row(found: tuple[Any, ...]) -> Row:
     handle, state, *rest = found
-    try:
-        return Row(handle, State(state), *rest)
-    except ValueError:
-        raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it") from None
+    if state in STATES and [type(value) for value in rest] == _TYPES:
+        return Row(handle, STATES[state], *rest)
+    raise BackendError(f"the row of session {handle.hex()} is damaged: destroy it, or restore it")

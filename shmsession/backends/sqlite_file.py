@@ -123,6 +123,7 @@ class File:
             check_same_thread=False,
             cached_statements=16,  # those of whole batches are large
         )
+        db.text_factory = bytes  # there is text in damaged rows only, and the driver quotes what it cannot decode
         try:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA secure_delete = ON")
@@ -137,7 +138,7 @@ class File:
 
     def _write_ahead(self, db: sqlite3.Connection) -> None:
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
+        if mode != b"wal":
             raise BackendError(f"{self._path} cannot have a write-ahead log: put it on a disk of this host")
 
     def _check(self, db: sqlite3.Connection) -> None:

@@ -129,7 +129,7 @@ class Outbox:
                 place, handle = cursor.item()
                 if place > until:  # type: ignore[operator]
                     break
-                # Not txn.get, which gives up Python's lock each time, and who waits for it costs the others theirs.
+                # Not txn.get: that gives up Python's lock each time, and in a busy process is long in getting it back.
                 raw = records.value() if records.set_key(handle) else b""
                 left -= len(raw)
                 found.append((place, handle, raw))  # type: ignore[arg-type]
