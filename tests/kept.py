@@ -6,7 +6,7 @@ import threading
 from asyncio import run
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from shmsession import SessionStore
 from shmsession.backends import SENTINEL, Backend, Row, State, connect
@@ -14,11 +14,21 @@ from shmsession.lease import Lease
 from shmsession.record import STORABLE, TOMBSTONE, Record
 from shmsession.rows import Rows
 from tests.databases import MariaDBServer, PostgresServer, RedisServer
-from tests.redis_clusters import RedisCluster
+from tests.proxy import Address
+from tests.redis_clusters import RedisCluster, free_ports
 from tests.servers import wait_for
 from tests.surreal_servers import SurrealServer
 
 BACKENDS = ["sqlite", "postgres", "mysql", "redis", "redis-cluster", "surrealdb"]
+
+_TABLES: Final = ["DROP TABLE shmsession, shmsession_meta", "TRUNCATE TABLE shmsession", "DROP TABLE shmsession"]
+_WAYS_TO_FORGET: Final = {
+    "sqlite": ["", "DELETE FROM shmsession", "DROP TABLE shmsession"],
+    "postgres": _TABLES,
+    "mysql": _TABLES,
+    "surrealdb": ["", "DELETE shmsession", "REMOVE TABLE shmsession; REMOVE TABLE shmsession_meta"],
+}
+"""Statements; an empty one stands for all that the server, or the file, has."""
 
 
 class Kept:
@@ -56,6 +66,35 @@ class Kept:
     def database(self) -> str:
         """Its name, on a server that has several."""
         return self.url.partition("?")[0].rpartition("/")[2]
+
+    def detour(self, place: Path) -> tuple[str, dict[Address, Address]]:
+        """A URL that leads to the server by other addresses, in `place` or on this host, and where each is to lead."""
+        if self.name == "redis-cluster":
+            ports = free_ports(len(self.server.nodes))
+            self.server.announce(ports)  # which is where clients go whose URL names the nodes themselves, too
+            hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+            return f"redis+cluster://{hosts}/", dict(zip(ports, (node.port for node in self.server.nodes), strict=True))
+        if self.name == "surrealdb":
+            (port,) = free_ports(1)
+            return self.url.replace(f":{self.server.port}/", f":{port}/"), {port: self.server.port}
+        name = ".s.PGSQL.5432" if self.name == "postgres" else self.name
+        return self.url.replace(str(self.server.place), str(place)), {place / name: self.server.place / name}
+
+    def forget(self, way: int = 0) -> None:
+        """All that it keeps is gone, in one way or another; with its tables, its file or its data, or the rows only."""
+        ways = _WAYS_TO_FORGET.get(self.name, [""])
+        statement = ways[way % len(ways)]
+        if self.name == "sqlite" and not statement:
+            for suffix in ("", "-wal", "-shm"):
+                self.file.with_name(self.file.name + suffix).unlink(missing_ok=True)
+            self.ask(lambda backend: backend.initialize())  # nobody else makes a file anew that was there
+        elif self.name == "sqlite":
+            with contextlib.closing(sqlite3.connect(self.file, isolation_level=None)) as file:
+                file.execute(statement)
+        elif statement:
+            self.server.run(statement, self.database)
+        else:
+            self.server.forget()
 
     def ask(self, question: Callable[[Backend], Any]) -> Any:
         """What an object of our own, on a loop of its own, answers."""

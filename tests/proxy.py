@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Final, Self
@@ -11,46 +12,55 @@ from typing import Final, Self
 HARMS: Final = ("drops the reply", "cuts the request", "half-closes", "delays", "cuts the reply")
 CHUNK: Final = 1 << 16
 
+Address = Path | int
+"""A unix socket, or a TCP port of this host."""
+
 
 class Proxy:
-    """Listens on the unix socket `path` and passes on to `target`; with probability `harm` a chunk meets a mishap."""
+    """Passes on what comes to each address to its target; with probability `harm` a chunk meets a mishap."""
 
-    def __init__(self, path: Path, target: str, random: Random) -> None:
+    def __init__(self, targets: Mapping[Address, Address], random: Random) -> None:
         self.harm = 0.0
         self.done = dict.fromkeys(HARMS, 0)
-        self._target = target
         self._random = random
         self._deciding = threading.Lock()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        path.chmod(0o777)
-        self._listener.listen(64)
+        self._listeners: list[socket.socket] = []
+        self._accepting: list[threading.Thread] = []
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self._accepting = threading.Thread(target=self._accept)
+        for address, target in targets.items():
+            listener, name = _socket(address)
+            listener.bind(name)
+            if isinstance(address, Path):
+                address.chmod(0o777)
+            listener.listen(64)
+            self._listeners.append(listener)
+            self._accepting.append(threading.Thread(target=self._accept, args=(listener, target)))
 
     def __enter__(self) -> Self:
-        self._accepting.start()
+        for thread in self._accepting:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
-        self._listener.close()
+        for listener, thread in zip(self._listeners, self._accepting, strict=True):
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            listener.close()
         for open_socket in list(self._sockets):
             self._end(open_socket)
         for thread in self._threads:
             thread.join()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket, target: Address) -> None:
         while True:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
-            server = socket.socket(socket.AF_UNIX)
+            server, name = _socket(target)
             try:
-                server.connect(self._target)
+                server.connect(name)
             except OSError:
                 client.close()
                 server.close()
@@ -93,3 +103,10 @@ class Proxy:
     def _end(self, open_socket: socket.socket) -> None:
         with contextlib.suppress(OSError):
             open_socket.shutdown(socket.SHUT_RDWR)
+
+
+def _socket(address: Address) -> tuple[socket.socket, str | tuple[str, int]]:
+    """A new one of its family, and what the family calls it."""
+    if isinstance(address, Path):
+        return socket.socket(socket.AF_UNIX), str(address)
+    return socket.socket(socket.AF_INET), ("127.0.0.1", address)

@@ -5,7 +5,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Self
 
 from redis import Redis, crc
@@ -230,6 +230,16 @@ class RedisCluster:
                 keys: Any = client.keys()
                 found |= set(keys)
         return found
+
+    def announce(self, ports: Sequence[int]) -> None:
+        """Each node says from now on that its port is another, where somebody passes on to it."""
+        for node, port in zip(self.nodes, ports, strict=True):
+            assert node.tell("CONFIG", "SET", "cluster-announce-port", port) == "OK"
+        addresses = [f"127.0.0.1:{port}@" for port in ports]
+        wait_for(
+            lambda: all(address in node.tell("CLUSTER", "NODES") for node in self.nodes for address in addresses),
+            "all nodes have heard of it",
+        )
 
     # ── what happens to clusters ──────────────────────────────────────────────────────────────────────────────
 

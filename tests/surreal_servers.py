@@ -1,12 +1,13 @@
 """A throw-away SurrealDB: its real engine, behind a websocket on a loopback port."""
 
 import asyncio
+import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import surrealdb
 
@@ -45,6 +46,12 @@ class SurrealServer(DatabaseServer):
         except OSError:
             return False
         return True
+
+    def forget(self) -> Self:
+        """kill -9, and start again without any data."""
+        self.kill()
+        shutil.rmtree(self.data)
+        return self.start()
 
     def create_database(self) -> str:
         """The name of a new, empty database. The server makes it when it is used."""

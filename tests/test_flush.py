@@ -16,6 +16,7 @@ import pytest
 
 from shmsession import SessionStore
 from shmsession.backends import Row, State
+from shmsession.errors import BackendError
 from tests.figures import SOAKING, report, rng, size
 from tests.kept import BACKENDS, Kept, Watch, check_equal, lease_holder, wait_for_empty_outbox
 from tests.proxy import Proxy
@@ -41,6 +42,7 @@ pytest_plugins = ["tests.hosts"]
 
 @pytest.fixture(params=BACKENDS)
 def kept(request: pytest.FixtureRequest, place: Path) -> Iterator[Kept]:
+    """Name it before `serve`, so that it is there until the server has sent all: stopped later, that waits in vain."""
     with Kept(request.param, place) as kept:
         yield kept
 
@@ -61,7 +63,7 @@ def serving(serve: Serve, kind: Kind, kept: Kept, **options: Any) -> Server:
 
 
 @pytest.mark.soak
-def test_every_commit_reaches_the_backend_though_flushers_and_the_database_are_killed(serve: Serve, kept: Kept) -> None:
+def test_every_commit_reaches_the_backend_though_flushers_and_the_database_are_killed(kept: Kept, serve: Serve) -> None:
     commits, kills, crashes = size(100_000, 5_000), size(200, 10), size(50, 3)
     random = rng(f"flush {kept.name}")
     server = serving(serve, ASGI, kept, may_fail=True)
@@ -114,48 +116,54 @@ def test_a_step_back_is_seen_by_whoever_watches(kept: Kept) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["redis", "redis-cluster"], indirect=True)
-def test_a_redis_that_forgets_everything_is_recognised_and_filled_again(serve: Serve, kept: Kept) -> None:
-    times = size(20, 2)
+def test_a_database_that_forgets_everything_is_recognised_and_filled_again(kept: Kept, serve: Serve) -> None:
+    """Its rows, or its tables too, all of them or one: they are made anew."""
+    times = size(20, 3)
     server = serving(serve, ASGI, kept)
     store = server.store()
     for number in range(30):
         server.browser().post(f"/login/u{number}")
     wait_for_empty_outbox(store)
+
+    def is_filled() -> bool:
+        with contextlib.suppress(BackendError):  # it has no tables yet
+            count: int = kept.ask(lambda backend: backend.count())
+            return count >= 30
+        return False
+
     with load(server) as clients:
-        for _ in range(times):
-            kept.server.forget()
+        for number in range(times):
+            kept.forget(number)
             goal = answers(clients) + 300
             wait_for(lambda goal=goal: answers(clients) >= goal, "the server answers")  # type: ignore[misc]
-            wait_for(lambda: len(kept.rows()) >= 30, "the sessions that nobody visits are there again")
+            wait_for(is_filled, "the sessions that nobody visits are there again")
     sessions = check_equal(store, kept)
     assert sessions >= 30
-    report("a Redis that forgets", times=times, commits=answers(clients), sessions=sessions, lost=0)
+    report(f"amnesia {kept.name}", times=times, commits=answers(clients), sessions=sessions, lost=0)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis"], indirect=True)
+@pytest.mark.parametrize("kept", [name for name in BACKENDS if name != "sqlite"], indirect=True)
 def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_nothing(
-    serve: Serve, kept: Kept, place: Path
+    kept: Kept, serve: Serve, place: Path
 ) -> None:
-    """Commit-unknown: the flusher cannot tell what of a batch was stored; nor is it to matter."""
+    """Commit-unknown: the flusher cannot tell what of a batch was stored; nor is it to matter. A file is never far."""
     commits = size(20_000, 2_000)
     (place / "proxy").mkdir()
-    if kept.name == "redis":
-        socket, target, url = place / "proxy" / "redis", kept.server.socket, f"unix://{place}/proxy/redis?db=0"
-    elif kept.name == "mysql":
-        socket, target = place / "proxy" / "mysql", kept.server.socket
-        url = kept.url.replace(target, str(socket))
-    else:
-        socket, target = place / "proxy" / ".s.PGSQL.5432", f"{kept.server.place}/.s.PGSQL.5432"
-        url = kept.url.replace(str(kept.server.place), str(place / "proxy"))
-    with Proxy(socket, target, rng(f"proxy {kept.name}")) as proxy:
-        server = serve(ASGI, env={"SHMSESSION_BACKEND": url})
+    url, targets = kept.detour(place / "proxy")
+    with Proxy(targets, rng(f"proxy {kept.name}")) as proxy:
+        server = serve(ASGI, env={"SHMSESSION_BACKEND": url, "SHMSESSION_FLUSH_INTERVAL": "0.1"})
         store = server.store()
         wait_for(lambda: store.stats().counters["rows"] or server.browser().post("/create"), "a worker flushes")
         with Watch(kept) as watch, load(server) as clients:
-            proxy.harm = 0.2
-            while answers(clients) < commits or sum(proxy.done.values()) < size(200, 20) or 0 in proxy.done.values():
+            # What always fails is tried ever more seldom; and MySQL is asked several things for one batch.
+            proxy.harm = 0.03 if kept.name == "mysql" else 0.1
+            while (
+                answers(clients) < commits
+                or sum(proxy.done.values()) < size(200, 20)
+                or 0 in proxy.done.values()
+                or not store.stats().counters["flush_errors"]  # a cluster's proxies hear those who watch, too
+            ):
                 seen = answers(clients), sum(proxy.done.values())
                 wait_for(
                     lambda seen=seen: answers(clients) > seen[0] and sum(proxy.done.values()) > seen[1],  # type: ignore[misc]
@@ -173,9 +181,9 @@ def test_requests_and_replies_that_are_lost_on_the_way_lose_double_and_revive_no
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis", "redis-cluster"], indirect=True)
+@pytest.mark.parametrize("kept", [name for name in BACKENDS if name != "sqlite"], indirect=True)
 def test_an_outage_of_the_database_is_not_noticed_by_those_whose_sessions_are_in_memory(
-    serve: Serve, kept: Kept, closing: Closing
+    kept: Kept, serve: Serve, closing: Closing
 ) -> None:
     """Every request of every visitor is counted, whichever way it went; the slowest are those that wait for a death."""
     seconds = size(60, 5)
@@ -265,7 +273,7 @@ class Drain:
     indirect=["kept"],
     ids=str,
 )
-def test_when_memory_is_lost_every_session_comes_back_from_the_backend(serve: Serve, kept: Kept, kind: Kind) -> None:
+def test_when_memory_is_lost_every_session_comes_back_from_the_backend(kept: Kept, serve: Serve, kind: Kind) -> None:
     server = serving(serve, kind, kept)
     users = {name: server.browser() for name in ("ada", "grace", "edsger", "barbara")}
     for name, browser in users.items():
@@ -305,9 +313,9 @@ def test_with_a_file_of_sqlite_the_generated_key_stays_beside_it(serve: Serve, p
         assert browser.get("/whoami").json["user"] == "ada"
 
 
-@pytest.mark.parametrize("kept", ["postgres", "mysql", "redis", "redis-cluster"], indirect=True)
+@pytest.mark.parametrize("kept", [name for name in BACKENDS if name != "sqlite"], indirect=True)
 def test_while_the_database_is_down_a_session_that_only_it_has_is_a_503_and_never_an_empty_one(
-    serve: Serve, kept: Kept
+    kept: Kept, serve: Serve
 ) -> None:
     server = serving(serve, ASGI, kept)
     browser = server.browser()

@@ -114,7 +114,7 @@ def end_of_the_new(new: Generation) -> None:
 
 @pytest.mark.parametrize("kind", [ASGI, GTHREAD], ids=str)
 def test_with_the_documented_steps_every_session_is_served_by_both_generations_and_survives_the_old_one(
-    serve: Serve, place: Path, kept: Kept, kind: Kind
+    kept: Kept, serve: Serve, place: Path, kind: Kind
 ) -> None:
     """The old generation has been told of the new Key already: B opens, A seals. The new one seals by B."""
     server = started(serve, place, kind, kept, [B, A])
@@ -140,7 +140,7 @@ def test_with_the_documented_steps_every_session_is_served_by_both_generations_a
 
 @pytest.mark.parametrize("kind", [ASGI, GTHREAD], ids=str)
 def test_a_new_key_that_the_old_generation_was_not_told_of_costs_nobody_a_session(
-    serve: Serve, place: Path, kept: Kept, kind: Kind
+    kept: Kept, serve: Serve, place: Path, kind: Kind
 ) -> None:
     """Step 1 of the documentation was left out. To the old generation a cookie under the new Key is no session, and a
     session that the new one has written a 503; neither is a loss, and all is well when the old generation has ended."""
@@ -175,7 +175,7 @@ def test_a_new_key_that_the_old_generation_was_not_told_of_costs_nobody_a_sessio
 
 
 def test_what_the_new_generation_commits_reaches_the_database_while_the_old_one_lives(
-    serve: Serve, place: Path, kept: Kept
+    kept: Kept, serve: Serve, place: Path
 ) -> None:
     """The flusher may well be a worker of the old generation, which cannot read what is under the new Key."""
     server = started(serve, place, ASGI, kept, [A])
