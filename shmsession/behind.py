@@ -32,6 +32,8 @@ MISSING_MS: Final = 5_000
 """So long a handle that the backend does not have is not asked for again. Less than memory keeps what it learns."""
 MISSING_HANDLES: Final = 4_096
 OPEN_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 1.0
+"""How often what is to end is told so."""
 REOPEN_SECONDS: Final = 1.0
 """How often a backend that cannot be opened is tried again."""
 POLL_SECONDS: Final = (0.0005, 0.01)
@@ -159,10 +161,11 @@ class Behind:
         self._bell.remove()
 
     async def _stop(self) -> None:
-        running = [task for task in (self._flushing, self._opening) if task is not None]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        running = {task for task in (self._flushing, self._opening) if task is not None}
+        while running:  # a driver may swallow a cancellation
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=STOP_SECONDS)
         with contextlib.suppress(Exception):  # a backend may be somebody else's code; it ends here anyway
             await self._backend.close()
 

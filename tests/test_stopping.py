@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shmsession import Key, SessionConfig, SessionStore
+from shmsession.behind import OPEN_SECONDS
 from shmsession.errors import BackendError, BackendUnavailable
 from tests.backends import MemoryBackend
 from tests.figures import SOAKING, report
@@ -224,3 +225,27 @@ def test_a_store_whose_backend_did_not_close_can_be_closed_again_and_used_again(
     assert store.sync.flush(PATIENCE)
     assert len(backend.sessions()) == 1
     close(store)
+
+
+class Deaf(MemoryBackend):
+    """One whose driver swallows the first cancellation, and then has never anything to say."""
+
+    deaf = False
+
+    async def initialize(self) -> None:
+        self.deaf = True
+        await hang_twice()
+
+
+def test_a_driver_that_swallows_a_cancellation_does_not_keep_the_process_from_ending(
+    new_store: Callable[[MemoryBackend], SessionStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio.wait_for does it, up to Python 3.11, when its answer comes at that moment: asyncmy connects by it."""
+    monkeypatch.setattr("shmsession.behind.STOP_SECONDS", 0.05)
+    backend = Deaf(labelled=False)
+    store = new_store(backend).open()
+    store.session().save()
+    wait_for(lambda: backend.deaf, "it flushes")
+    begin = time.monotonic()
+    store.close()
+    assert time.monotonic() - begin < OPEN_SECONDS / 2
