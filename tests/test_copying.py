@@ -68,7 +68,6 @@ def test_sessions_copied_between_each_pair_of_databases_are_the_same(databases: 
             assert await copy(source, target) == count
             assert await all_of(target) == sent, f"{one} → {other}"
             assert len(await target.sessions_of(user_of(1))) == sum(row.user == user_of(1) for row in sent.values())
-            assert await copy(source, target) == 0, "again, it changes nothing"
         finally:
             await source.close()
             await target.close()
@@ -92,6 +91,7 @@ def test_what_is_newer_or_dead_where_it_is_copied_to_stays() -> None:
         return await copy(source, target)
 
     assert run(work()) == 1
+    assert run(copy(source, target)) == 0, "again, it changes nothing"
     assert [target.rows[handle_of(n)].mark for n in (1, 2, 3, 4)] == [
         (State.LIVE, 1, 2), (State.DEAD, 1, 1), (State.ERASED, 1, 1), (State.LIVE, 1, 1)
     ]  # fmt: skip
