@@ -1,5 +1,6 @@
 """A replica takes over, and lacks what its primary acknowledged last: memory, which has it, sends it again."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Self
@@ -16,7 +17,7 @@ from tests.visitors import answers, load
 pytest_plugins = ["tests.hosts"]
 
 
-class Failing(Kept):
+class Failing(Kept, ABC):
     """A backend with replicas. The next to fail is one whose replica lacks what comes after `lag`."""
 
     server: Any
@@ -25,16 +26,17 @@ class Failing(Kept):
         self.name = name
         self.random = random
 
+    @abstractmethod
     def lag(self) -> None:
-        raise NotImplementedError
+        """From now on the replica gets nothing."""
 
+    @abstractmethod
     def fail_over(self) -> None:
         """kill -9 of the primary, and its replica takes over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def repair(self) -> None:
         """The dead one is the replica from now on, and has all."""
-        raise NotImplementedError
 
 
 class FailingPostgres(Failing):
