@@ -3,7 +3,7 @@
 import itertools
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -117,7 +117,7 @@ class MemoryBackend:
     expires = False
 
     def __init__(self, *, labelled: bool = True) -> None:
-        self.rows: dict[bytes, Row] = {}
+        self.rows: MutableMapping[bytes, Row] = {}
         self.calls: list[str] = []
         self.asked: Sequence[Row] = ()
         """The rows of the latest write, whether or not they were stored."""
@@ -146,7 +146,7 @@ class MemoryBackend:
     def snapshot(self) -> dict[bytes, Row]:
         return dict(self.rows)
 
-    def restore(self, snapshot: dict[bytes, Row], *, restart: bool = False) -> None:
+    def restore(self, snapshot: Mapping[bytes, Row], *, restart: bool = False) -> None:
         """Be as it was then."""
         self.rows = dict(snapshot)
         self._lives += restart
@@ -200,10 +200,13 @@ class MemoryBackend:
         def work(how: str) -> list[Answer]:
             self.sent.append([row for row in rows if row.handle != SENTINEL])
             stored = rows[: (len(rows) + 1) // 2] if how == HALF else rows[how == REST :]
-            answers = [self._put(row) for row in stored]
+            answers = self._put_all(stored)
             return answers[: len(answers) // 2] if how == FEWER else answers
 
         return await self._called("write", work)
+
+    def _put_all(self, rows: Sequence[Row]) -> list[Answer]:
+        return [self._put(row) for row in rows]
 
     def _put(self, row: Row) -> Answer:
         old = self.rows.get(row.handle)

@@ -28,6 +28,7 @@ from shmsession.memory.tables import LOSSES, PUT_BACK, RECALLED, Tables, Txn, se
 from shmsession.memory.writing import Writer
 from shmsession.record import STORABLE, TOMBSTONE, Changes, Record
 from shmsession.sentinel import Overtaken, Recall, Sentinel
+from shmsession.testing import ManualClock
 from tests.backends import (
     ADA,
     AFTER,
@@ -50,8 +51,18 @@ A, B, C = handle(1), handle(2), handle(3)
 
 
 @pytest.fixture
-def host(place: Path) -> Iterator[Host]:
-    with Host(place) as host:
+def backend() -> MemoryBackend:
+    return MemoryBackend()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def host(place: Path, backend: MemoryBackend, clock: ManualClock) -> Iterator[Host]:
+    with Host(place, backend, clock) as host:
         yield host
 
 
@@ -239,14 +250,16 @@ def late_rows(stopped: Running[bool], host: Host) -> list[Row]:
     return list(host.backend.asked)
 
 
-def test_a_renewed_session_is_never_alive_twice(place: Path) -> None:
+def test_a_renewed_session_is_never_alive_twice(place: Path, backend: MemoryBackend, clock: ManualClock) -> None:
     """At each pause of the round that carries a renewal to the backend the machine dies with its memory: then the old
     id is dead, or the new one unknown. The same with an error in the place of death, before and after the fact."""
     for moment in range(14):
         for how in ("", BEFORE, AFTER, HALF):
             directory = place / f"{moment}{how}"
             directory.mkdir(mode=0o700)
-            host = Host(directory)
+            backend.watch = None
+            backend.restore({})
+            host = Host(directory, backend, clock)
             old, new = handle(9), handle(1)
             host.create(old, v=1)
             host.flush()
@@ -676,14 +689,13 @@ def test_dead_in_the_backend_is_dead_here(host: Host) -> None:
     assert is_gone(host, A)
 
 
-def test_a_generation_sends_what_it_has_the_key_for(place: Path) -> None:
+def test_a_generation_sends_what_it_has_the_key_for(place: Path, backend: MemoryBackend, clock: ManualClock) -> None:
     """USR2: the old generation lacks the new Key. What that sealed it leaves alone, however much of it waits in front
     of its own, and the new generation sends it."""
     old, new = Key(bytes(range(32))), Key(bytes(range(1, 33)))
-    backend = MemoryBackend()
     with (
-        Host(place, backend, keyring=Keyring([old])) as before,
-        Host(place, backend, before.clock, keyring=Keyring([old, new])) as after,
+        Host(place, backend, clock, keyring=Keyring([old])) as before,
+        Host(place, backend, clock, keyring=Keyring([old, new])) as after,
     ):
         before.create(A, v="old")
         for n in range(10, 700):
@@ -722,14 +734,15 @@ def test_an_acknowledgement_leaves_a_record_under_its_key(place: Path) -> None:
         after.agrees()
 
 
-def test_a_generation_that_lacks_a_key_forgets_nothing_for_the_other(place: Path) -> None:
+def test_a_generation_that_lacks_a_key_forgets_nothing_for_the_other(
+    place: Path, backend: MemoryBackend, clock: ManualClock
+) -> None:
     """The backend forgot, and the flusher that notices cannot read half of the records: they are sent again all the
     same, by one that can."""
     old, new = Key(bytes(range(32))), Key(bytes(range(1, 33)))
-    backend = MemoryBackend()
     with (
-        Host(place, backend, keyring=Keyring([old])) as before,
-        Host(place, backend, before.clock, keyring=Keyring([old, new])) as after,
+        Host(place, backend, clock, keyring=Keyring([old])) as before,
+        Host(place, backend, clock, keyring=Keyring([old, new])) as after,
     ):
         after.create(A, v="new")
         before.create(B, v="old")
