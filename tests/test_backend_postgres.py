@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
-import os
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from typing import Any, ParamSpec
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -20,26 +18,14 @@ from shmsession.testing.contract import BackendContract
 from shmsession.testing.races import tell_one_story
 from tests.databases import PostgresServer
 from tests.figures import SEED, report, rng, size
+from tests.questions import LATER, SECRET, asynchronous, fails, holds, kept_through_kills, live
 from tests.servers import PATIENCE, wait_for
 
 pytest_plugins = ["tests.database_hosts"]
 
-P = ParamSpec("P")
 
-SECRET = "correct-horse-battery"
-LATER = 4_000_000_000_000
 SLACK = 6.0
 """Seconds by which a slow machine may exceed a timeout; psycopg's own way to cancel takes more than these."""
-
-
-def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run it in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(test(*args, **kwargs))
-
-    return run
 
 
 @contextlib.asynccontextmanager
@@ -52,26 +38,6 @@ async def opened(url: str, **options: Any) -> AsyncIterator[PostgresBackend]:
         yield backend
     finally:
         await backend.close()
-
-
-def live(number: int, version: int = 1, body: bytes = b"body", horizon: int = LATER) -> Row:
-    return Row((number + 1).to_bytes(20, "big"), State.LIVE, 1, version, horizon, b"somebody", body)
-
-
-async def fails(question: Awaitable[object], error: type[BackendError] = BackendUnavailable) -> BackendError:
-    """The error, of exactly that type, with which a question ends."""
-    with pytest.raises(error) as caught:
-        await question
-    assert type(caught.value) is error
-    return caught.value
-
-
-async def holds(condition: Callable[[], bool], what: str) -> None:
-    """Let others run until it does."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, f"waited in vain: {what}"
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -111,41 +77,12 @@ class TestContractInASchema(BackendContract):
 async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(
     postgres: PostgresServer, postgres_database: str, url: str
 ) -> None:
-    kills, random = size(50, 3), rng("postgres kills")
-    answered: dict[int, int] = {}
-    batches = failed = killed = 0
     async with opened(url) as backend:
-        done = False
-
-        async def write(numbers: range) -> None:
-            nonlocal batches, failed
-            version = 0
-            while not done:
-                version += 1
-                try:
-                    answers = await backend.write([live(number, version, os.urandom(1000)) for number in numbers])
-                except BackendUnavailable:
-                    failed += 1
-                else:
-                    batches += 1
-                    for number, answer in zip(numbers, answers, strict=True):
-                        assert answer.applied
-                        answered[number] = version
-
-        writers = [asyncio.create_task(write(range(start, start + 250))) for start in (0, 250)]
-        while killed < kills or not failed:  # a batch that was answered just before meets no dead server
-            killed += 1
-            goal = batches + random.randint(1, 8)
-            await holds(lambda goal=goal: batches >= goal, "batches are answered")  # type: ignore[misc]
-            for _ in range(random.randint(0, 300)):
-                await asyncio.sleep(0)
-            postgres.restart()
-            stored = dict(postgres.run("SELECT handle, version FROM shmsession", postgres_database))
-            for number, version in answered.items():
-                assert stored.get(live(number).handle, 0) >= version, "a row that was answered is lost, or went back"
-        done = True
-        await asyncio.gather(*writers)
-    report("postgres kill -9", kills=killed, batches=batches, failed=failed, lost=0)
+        done = await kept_through_kills(
+            backend, size(50, 3), rng("postgres kills"), postgres.restart,
+            lambda: dict(postgres.run("SELECT handle, version FROM shmsession", postgres_database)),
+        )  # fmt: skip
+    report("postgres kill -9", **done._asdict(), lost=0)
 
 
 @asynchronous

@@ -5,14 +5,13 @@ The server is SurrealDB's own engine behind a websocket of ours (tests/surreal_f
 
 import asyncio
 import contextlib
-import functools
 import inspect
 import os
 import socket
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
@@ -24,31 +23,19 @@ from shmsession.backends.surrealdb_socket import Socket
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from shmsession.testing import BackendContract
 from tests.documents import ROOT, code, marked, rows
-from tests.figures import SEED, size
+from tests.figures import SEED, report, rng, size
+from tests.questions import LATER, SECRET, asynchronous, kept_through_kills, live, said
 from tests.servers import PATIENCE, new_place
 from tests.surreal_servers import SurrealServer
 from tests.tls import self_signed
 
 pytest_plugins = ["tests.database_hosts"]
 
-P = ParamSpec("P")
 
 PAGE = ROOT / "docs" / "surrealdb.md"
 
-SECRET = "correct-horse-battery"
-LATER = 4_000_000_000_000
 SLACK = 3.0
 """Seconds by which a slow machine may exceed a timeout."""
-
-
-def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run it in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(test(*args, **kwargs))
-
-    return run
 
 
 @contextlib.asynccontextmanager
@@ -62,20 +49,6 @@ async def opened(url: str, *, bare: bool = False, **options: Any) -> AsyncIterat
         yield backend
     finally:
         await backend.close()
-
-
-def live(number: int, version: int = 1, body: bytes = b"body", horizon: int = LATER) -> Row:
-    return Row((number + 1).to_bytes(20, "big"), State.LIVE, 1, version, horizon, b"somebody", body)
-
-
-async def fails(question: Awaitable[object], error: type[BackendError] = BackendUnavailable) -> str:
-    """What the error says, of exactly that type, with which a question ends. It holds no secret."""
-    with pytest.raises(error) as caught:
-        await question
-    assert type(caught.value) is error
-    told = "".join(traceback.format_exception(caught.value))
-    assert SECRET not in told
-    return str(caught.value)
 
 
 async def timed(question: Awaitable[object]) -> float:
@@ -131,32 +104,16 @@ async def test_more_than_a_megabyte_is_sent_in_parts_and_answered_in_order(url: 
 
 @pytest.mark.soak
 @asynchronous
-async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(surreal: SurrealServer, url: str) -> None:
-    answered: dict[bytes, int] = {}
+async def test_what_was_answered_survives_kill_9_in_the_middle_of_batches(
+    surreal: SurrealServer, surreal_database: str, url: str
+) -> None:
+    def versions() -> dict[bytes, int]:
+        (rows,) = surreal.run("SELECT record::id(id) AS handle, version FROM shmsession", surreal_database)
+        return {bytes.fromhex(row["handle"]): row["version"] for row in rows}
+
     async with opened(url) as backend:
-        for kill in range(size(50, 3)):
-            writing = asyncio.create_task(write_on(backend, kill, answered))
-            before = len(answered)
-            while len(answered) < before + 20:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-            surreal.kill()
-            await writing
-            surreal.start()
-        for handle, version in answered.items():
-            found = await backend.load(handle)
-            assert found is not None
-            assert found.version >= version
-    assert len(answered) >= 60
-
-
-async def write_on(backend: Backend, turn: int, answered: dict[bytes, int]) -> None:
-    """Batch after batch, until one fails."""
-    with contextlib.suppress(BackendUnavailable):
-        for version in range(1, 100_000):
-            rows = [live(turn * 1000 + number, version) for number in range(20)]
-            for row, answer in zip(rows, await backend.write(rows), strict=True):
-                assert answer.applied
-                answered[row.handle] = row.version
+        done = await kept_through_kills(backend, size(50, 3), rng("surrealdb kills"), surreal.restart, versions)
+    report("surrealdb kill -9", **done._asdict(), lost=0)
 
 
 @asynchronous
@@ -176,7 +133,7 @@ async def test_a_server_that_is_down_is_unavailable_at_once_and_back_as_soon_as_
         await backend.write([live(1)])
         surreal.kill()
         for _ in range(3):
-            told = await fails(backend.load(live(1).handle))
+            told = await said(backend.load(live(1).handle))
             assert str(surreal.port) in told
         surreal.start()
         assert await backend.load(live(1).handle) == live(1)
@@ -186,7 +143,7 @@ async def test_a_server_that_is_down_is_unavailable_at_once_and_back_as_soon_as_
 async def test_it_opens_while_the_server_is_down(surreal: SurrealServer, url: str) -> None:
     surreal.kill()
     async with opened(url, bare=True) as backend:
-        await fails(backend.initialize())
+        await said(backend.initialize())
         surreal.start()
         await backend.initialize()
         assert await backend.count() == 0
@@ -202,7 +159,7 @@ async def test_a_stopped_server_is_unavailable_within_the_timeout_and_asked_anew
         loop = asyncio.get_running_loop()
         for _ in range(3):  # the last ones find no connection, and nobody to make one with
             start = loop.time()
-            told = await asyncio.gather(*(fails(backend.load(live(1).handle)) for _ in range(5)))
+            told = await asyncio.gather(*(said(backend.load(live(1).handle)) for _ in range(5)))
             assert loop.time() - start < 0.3 + SLACK
             assert all("0.3 s" in each for each in told)
         surreal.thaw()
@@ -219,7 +176,7 @@ async def test_a_server_that_accepts_and_says_nothing_is_unavailable_in_time() -
         silent.listen()
         async with opened(f"surrealdb+ws://127.0.0.1:{silent.getsockname()[1]}/n/d", bare=True, timeout=0.2) as backend:
             start = asyncio.get_running_loop().time()
-            await fails(backend.load(bytes(20)))
+            await said(backend.load(bytes(20)))
             assert asyncio.get_running_loop().time() - start < 0.2 + SLACK
 
 
@@ -236,7 +193,7 @@ async def test_who_hangs_up_during_the_login_is_unavailable_and_not_asked_twice(
     async with serve(hang_up, "127.0.0.1", 0, subprotocols=protocols) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         async with opened(f"surrealdb+ws://127.0.0.1:{port}/n/d", bare=True, timeout=PATIENCE) as backend:
-            assert "broke off" in await fails(backend.load(bytes(20)))
+            assert "broke off" in await said(backend.load(bytes(20)))
     assert hung_up == 1
 
 
@@ -288,7 +245,7 @@ async def test_closing_ends_what_is_still_asked(surreal: SurrealServer, url: str
     async with opened(url, timeout=PATIENCE) as backend:
         surreal.freeze()
         try:
-            asked = [asyncio.create_task(fails(backend.load(bytes(20)))) for _ in range(3)]
+            asked = [asyncio.create_task(said(backend.load(bytes(20)))) for _ in range(3)]
             await asyncio.sleep(0)
             assert await timed(backend.close()) < SLACK
             await asyncio.gather(*asked)
@@ -297,7 +254,7 @@ async def test_closing_ends_what_is_still_asked(surreal: SurrealServer, url: str
     async with opened(url, bare=True, timeout=PATIENCE) as backend:  # while it connects
         surreal.freeze()
         try:
-            asked = [asyncio.create_task(fails(backend.load(bytes(20)))) for _ in range(3)]
+            asked = [asyncio.create_task(said(backend.load(bytes(20)))) for _ in range(3)]
             await asyncio.sleep(0)
             assert await timed(backend.close()) < SLACK
             await asyncio.gather(*asked)
@@ -326,7 +283,7 @@ def test_a_forked_child_makes_a_connection_of_its_own_and_leaves_the_parents(url
 
 
 async def in_a_child(backend: SurrealDBBackend) -> int:
-    assert "not open" in await fails(backend.load(live(1).handle))
+    assert "not open" in await said(backend.load(live(1).handle))
     await backend.close()  # which is the parent's
     await backend.open()
     assert await backend.load(live(1).handle) == live(1)
@@ -379,7 +336,7 @@ async def test_a_transaction_that_loses_against_others_is_repeated_until_the_tim
         async with client.question():
             await client.ask("")
 
-    assert "0.5 s" in await fails(question())
+    assert "0.5 s" in await said(question())
     assert client.asked > 4
 
 
@@ -412,7 +369,7 @@ async def test_what_the_server_refuses_is_explained_and_no_value_is_quoted(
         async with client.question():
             await client.ask("")
 
-    assert advice in await fails(question(), BackendUnavailable if unavailable else BackendError)
+    assert advice in await said(question(), BackendUnavailable if unavailable else BackendError)
 
 
 # ── tables, rows and rights ────────────────────────────────────────────────────────────────────────────────────
@@ -426,7 +383,7 @@ async def test_a_row_of_no_known_state_stops_no_batch_and_is_no_answer(
     async with opened(url) as backend:
         await backend.write([live(1), live(2)])
         surreal.run(f"UPDATE shmsession:⟨{live(1).handle.hex()}⟩ SET state = 7", surreal_database)
-        assert live(1).handle.hex() in await fails(backend.load(live(1).handle), BackendError)
+        assert live(1).handle.hex() in await said(backend.load(live(1).handle), BackendError)
         expected = [Answer(True, Mark(state, 1, 1)) for state in (State.ERASED, State.LIVE)]
         assert await backend.write([live(1, 2), live(2, 2)]) == expected
         assert [await backend.load(live(n).handle) for n in (1, 2)] == [live(1, 2), live(2, 2)]
@@ -436,10 +393,10 @@ async def test_a_row_of_no_known_state_stops_no_batch_and_is_no_answer(
 async def test_an_error_quotes_no_session(surreal: SurrealServer, surreal_database: str, url: str) -> None:
     async with opened(url) as backend:
         surreal.run("DEFINE FIELD OVERWRITE body ON shmsession TYPE int", surreal_database)
-        told = await fails(backend.write([live(1, body=SECRET.encode())]), BackendError)
+        told = await said(backend.write([live(1, body=SECRET.encode())]), BackendError)
         assert SECRET.encode().hex().upper() not in told.upper()
         surreal.run("DEFINE FIELD OVERWRITE user ON shmsession TYPE int", surreal_database)
-        assert b"somebody".hex() not in await fails(backend.write([live(1)]), BackendError)
+        assert b"somebody".hex() not in await said(backend.write([live(1)]), BackendError)
 
 
 @asynchronous
@@ -454,7 +411,7 @@ async def test_missing_tables_are_an_error_never_an_empty_database(
                 backend.sessions_of(b"somebody"), backend.clear(), anext(backend.handles()),
             ]  # fmt: skip
             for question in questions:
-                assert "initdb" in await fails(question, BackendError)
+                assert "initdb" in await said(question, BackendError)
             if turn == 0:
                 await backend.initialize()
                 await backend.write([live(1)])
@@ -465,16 +422,16 @@ async def test_missing_tables_are_an_error_never_an_empty_database(
 async def test_tables_of_another_version_are_refused(surreal: SurrealServer, surreal_database: str, url: str) -> None:
     async with opened(url) as backend:
         surreal.run("UPDATE shmsession_meta:schema SET version = 2", surreal_database)
-        assert "upgrade shmsession" in await fails(backend.initialize(), BackendError)
-        assert "upgrade shmsession" in await fails(backend.load(bytes(20)), BackendError)
+        assert "upgrade shmsession" in await said(backend.initialize(), BackendError)
+        assert "upgrade shmsession" in await said(backend.load(bytes(20)), BackendError)
 
 
 @asynchronous
 async def test_another_programs_table_is_left_alone(surreal: SurrealServer, surreal_database: str, url: str) -> None:
     surreal.run("DEFINE TABLE shmsession; CREATE shmsession:1 SET mine = true", surreal_database)
     async with opened(url, bare=True) as backend:
-        assert "not one of ours" in await fails(backend.initialize(), BackendError)
-        assert "initdb" in await fails(backend.write([live(1)]), BackendError)
+        assert "not one of ours" in await said(backend.initialize(), BackendError)
+        assert "initdb" in await said(backend.write([live(1)]), BackendError)
     (tables,) = surreal.run("INFO FOR DB", surreal_database)
     assert set(tables["tables"]) == {"shmsession"}
     (rows,) = surreal.run("SELECT VALUE mine FROM shmsession", surreal_database)
@@ -514,7 +471,7 @@ async def test_who_may_only_look_is_told_that_nothing_was_changed(
     name = f"viewer_{surreal_database}"
     surreal.run(f"DEFINE USER {name} ON DATABASE PASSWORD '{SECRET}' ROLES VIEWER", surreal_database)
     async with opened(surreal.url(surreal_database, name, SECRET), bare=True) as viewer:
-        assert "EDITOR" in await fails(viewer.initialize(), BackendError)
+        assert "EDITOR" in await said(viewer.initialize(), BackendError)
         async with opened(surreal.url(surreal_database)) as backend:
             await backend.write([live(1)])
         await viewer.initialize()  # they are there
@@ -523,7 +480,7 @@ async def test_who_may_only_look_is_told_that_nothing_was_changed(
             viewer.sweep(LATER + 1, 5), viewer.clear(),
         ]  # fmt: skip
         for question in questions:
-            assert "EDITOR" in await fails(question, BackendError)
+            assert "EDITOR" in await said(question, BackendError)
         assert await viewer.load(live(1).handle) == live(1)
         assert await viewer.count() == 1
 
@@ -535,14 +492,14 @@ async def test_wrong_credentials_are_an_error_that_does_not_tell_them(
 ) -> None:
     async with opened(surreal.url(surreal_database, user, password), bare=True) as backend:
         for question in (backend.initialize(), backend.load(bytes(20))):
-            assert "credentials" in await fails(question, BackendError)
+            assert "credentials" in await said(question, BackendError)
         assert SECRET not in backend.name + repr(backend)
 
 
 @asynchronous
 async def test_without_credentials_it_asks_as_nobody(surreal: SurrealServer) -> None:
     async with opened(f"surrealdb+ws://localhost:{surreal.port}/test/nobody", bare=True) as backend:
-        assert "role" in await fails(backend.initialize(), BackendError)
+        assert "role" in await said(backend.initialize(), BackendError)
 
 
 @asynchronous
@@ -591,9 +548,9 @@ def test_over_tls_it_is_checked_who_the_server_is(tls_server: SurrealServer, cer
         async with opened(f"{url}?ca_file={certificate}", bare=True) as backend:
             assert await backend.count() == 1
         async with opened(url.replace("localhost", "127.0.0.1"), bare=True, ca_file=str(certificate)) as backend:
-            assert "certificate" in await fails(backend.load(bytes(20)))
+            assert "certificate" in await said(backend.load(bytes(20)))
         async with opened(url, bare=True) as backend:
-            assert "certificate" in await fails(backend.load(bytes(20)))
+            assert "certificate" in await said(backend.load(bytes(20)))
 
     asyncio.run(play())
 
@@ -676,4 +633,4 @@ def test_the_documented_options_are_those_there_are() -> None:
 @asynchronous
 async def test_a_question_before_open_says_what_to_do() -> None:
     for url in ("surrealdb+ws://localhost/n/d", "surrealdb+mem://"):
-        assert "open" in await fails(SurrealDBBackend(url).load(bytes(20)))
+        assert "open" in await said(SurrealDBBackend(url).load(bytes(20)))

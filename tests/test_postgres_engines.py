@@ -13,7 +13,8 @@ from shmsession.testing.races import tell_one_story
 from tests.databases import PostgresServer
 from tests.figures import SEED, report, rng, size
 from tests.postgres_servers import PgBouncer
-from tests.test_backend_postgres import NEVER_BACKWARDS, asynchronous, fails, live, opened
+from tests.questions import asynchronous, fails, live
+from tests.test_backend_postgres import NEVER_BACKWARDS, opened
 
 pytest_plugins = ["tests.database_hosts"]
 

@@ -10,8 +10,9 @@ from shmsession.backends.postgres import PostgresBackend
 from shmsession.errors import BackendUnavailable
 from tests.figures import report, rng, size
 from tests.postgres_servers import PostgresPair
+from tests.questions import asynchronous, fails, live
 from tests.servers import PATIENCE
-from tests.test_backend_postgres import SLACK, asynchronous, fails, live, opened
+from tests.test_backend_postgres import SLACK, opened
 
 pytest_plugins = ["tests.database_hosts"]
 

@@ -14,20 +14,9 @@ from shmsession.errors import BackendError, BackendUnavailable
 from shmsession.testing.contract import BackendContract
 from tests.databases import PostgresServer
 from tests.postgres_servers import PgBouncer
+from tests.questions import LATER, SECRET, asynchronous, fails, holds, live
 from tests.servers import PATIENCE
-from tests.test_backend_postgres import (
-    LATER,
-    SECRET,
-    SLACK,
-    asynchronous,
-    blocked,
-    fails,
-    holds,
-    live,
-    opened,
-    waiting,
-    waits_for_a_lock,
-)
+from tests.test_backend_postgres import SLACK, blocked, opened, waiting, waits_for_a_lock
 
 pytest_plugins = ["tests.database_hosts"]
 

@@ -14,12 +14,10 @@ from shmsession.backends import Answer, connect
 from shmsession.errors import BackendError, BackendUnavailable
 from shmsession.testing.rows import live, user_of
 from tests.databases import PostgresServer
+from tests.questions import LATER, SECRET
 from tests.servers import PATIENCE, new_place
 from tests.test_backend_redis import free_port
 from tests.tls import self_signed
-
-SECRET = "correct-horse-battery"
-LATER = 4_000_000_000_000
 
 
 class TLSServer(PostgresServer):

@@ -20,8 +20,9 @@ from shmsession.backends.surrealdb import SurrealDBBackend
 from shmsession.errors import BackendError, BackendUnavailable, ConfigError
 from shmsession.testing import BackendContract
 from tests.figures import SEED
+from tests.questions import asynchronous, live, said
 from tests.servers import ASGI, PATIENCE, SYNC, Kind, Server, alive, wait_for
-from tests.test_backend_surrealdb import asynchronous, fails, live, opened
+from tests.test_backend_surrealdb import opened
 
 _tables: Final = count(1)
 
@@ -67,7 +68,7 @@ class TestMemory(BackendContract):
 HOLD = """
 import asyncio, sys
 from shmsession.backends import connect
-from tests.test_backend_surrealdb import live
+from tests.questions import live
 
 async def hold():
     backend = connect(sys.argv[1])
@@ -165,7 +166,7 @@ def test_a_forked_child_is_refused_and_disturbs_its_parent_in_nothing(url: str) 
 
 def in_a_child(backend: SurrealDBBackend) -> None:
     async def ask() -> None:
-        assert "not open" in await fails(backend.load(live(1).handle))
+        assert "not open" in await said(backend.load(live(1).handle))
         await backend.close()  # which is the parent's
         with pytest.raises(ConfigError, match="fork"):
             await backend.open()
@@ -199,12 +200,10 @@ def test_a_directory_is_private_and_named_for_the_key_beside_it(place: Path, url
 @asynchronous
 async def test_a_directory_that_cannot_be_used_is_an_error_that_says_why(place: Path) -> None:
     backend = SurrealDBBackend(f"surrealdb+surrealkv://{place}/missing/sessions")
-    assert "No such file" in await fails(backend.open(), BackendError)
+    assert "No such file" in await said(backend.open(), BackendError)
     (place / "file").touch()
     for _ in range(2):
-        assert "File exists" in await fails(
-            SurrealDBBackend(f"surrealdb+surrealkv://{place}/file").open(), BackendError
-        )
+        assert "File exists" in await said(SurrealDBBackend(f"surrealdb+surrealkv://{place}/file").open(), BackendError)
 
 
 @asynchronous
@@ -231,7 +230,7 @@ async def test_a_question_that_is_late_is_unavailable_and_the_next_is_answered(u
         await backend.write(rows)
         hasty = SurrealDBBackend(url, timeout=0.001)
         await hasty.open()
-        assert "0.001 s" in await fails(hasty.write([live(number, 2) for number in range(300)]))
+        assert "0.001 s" in await said(hasty.write([live(number, 2) for number in range(300)]))
         await hasty.close()
         assert await backend.load(live(1).handle) in (live(1), live(1, 2))
 
