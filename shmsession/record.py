@@ -24,11 +24,16 @@ WITHDRAWN: Final = 32
 """It is storable no more: a backend that forgets that must be told again."""
 
 USER_KEY: Final = 0
+AUTH_TIME_KEY: Final = 1
+DEVICE_KEY: Final = 2
+SPARED_KEY: Final = 3
+LOGIN_KEYS: Final = (USER_KEY, AUTH_TIME_KEY, DEVICE_KEY, SPARED_KEY)
+"""What is known of a login: whose, when, from where, and the revocation of that user's sessions which spared it."""
 NO_TAG: Final = bytes(8)
 
 DataKey = str | int
 Data = dict[DataKey, bytes]
-"""Already encoded values by key. The application's keys are str; int keys are the library's own (0: the user id)."""
+"""Already encoded values by key. The application's keys are str; int keys are the library's own (LOGIN_KEYS)."""
 
 
 def _plain_packer() -> Callable[[object], bytes]:

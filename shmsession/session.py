@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
+from .clock import Clock
 from .codec import decode, encode
 from .config import SessionMode
 from .errors import ContentionError, NoSessionError, NotCreated, ResponseStarted, SessionGone, StoreError
@@ -44,6 +45,7 @@ NOTHING: Final = Resolved()
 class Port(Protocol):
     """What a session needs of its store. All of it is synchronous and takes microseconds."""
 
+    clock: Clock
     max_size: int
     writes_through: bool
     mode: SessionMode
@@ -204,6 +206,15 @@ class Session(Flashes):
         """When it ends if nobody looks at it again, UTC; None until it is stored."""
         self._look()
         return None if self.record is None else _moment(self.record.header.expires)
+
+    @property
+    def authenticated_at(self) -> datetime | None:
+        """When its user was logged in, UTC: by `renew(user_id=…)`, whatever got a new id since. None for nobody."""
+        self._look()
+        if self.edits.logs_in:
+            return _moment(self.port.clock.now())
+        moment = None if self.user_id is None else self.stored_auth_time
+        return None if moment is None else _moment(moment)
 
     @property
     def storable(self) -> bool:

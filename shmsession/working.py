@@ -6,7 +6,8 @@ from typing import Any, Final, Self
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ReadOnlySession, SessionTooLarge
-from .record import USER_KEY, Changes, Data, DataKey, Record, join, pack_plain
+from .ids import tag_of
+from .record import AUTH_TIME_KEY, USER_KEY, Changes, Data, DataKey, Record, join, pack_plain
 
 KEEP: Final = object()
 """In place of a user id: the one that is stored."""
@@ -234,6 +235,20 @@ class WorkingCopy(MutableMapping[str, Any]):
         if self.edits.user is KEEP:
             return self._data.get(USER_KEY)
         return None if self.edits.user is None else encode(self.edits.user, "user_id")
+
+    @property
+    def user_tag(self) -> bytes | None:
+        """8 bytes that stand for the user; None for nobody."""
+        self._look()
+        user = self.encoded_user
+        return None if user is None else tag_of(user)
+
+    @property
+    def stored_auth_time(self) -> int | None:
+        """When the user that the record has was logged in, in milliseconds; None for nobody, and when unknown."""
+        self._look()
+        raw = self._base.get(AUTH_TIME_KEY)
+        return None if raw is None else decode(raw)
 
     # ── what a commit asks ────────────────────────────────────────────────────────────────────────────────────
 

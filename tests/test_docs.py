@@ -54,8 +54,8 @@ SESSION_INTERNALS: Final = {
     "assign", "assigned", "begin_anew", "choice", "committed", "discard", "drops_cookie", "edit", "edits",
     "encoded_user", "gone", "headers_sent", "is_emptied", "is_pending", "is_settled", "kept_choice", "loaded",
     "max_size", "moved_to", "origin", "owes_cookie", "pending", "port", "put", "raw_handle", "rebase", "record",
-    "replaced", "secret", "settle", "start", "stored", "take", "tells_choice", "through", "told", "unavailable",
-    "wait_for",
+    "replaced", "secret", "settle", "start", "stored", "stored_auth_time", "take", "tells_choice", "through", "told",
+    "unavailable", "wait_for",
 }  # fmt: skip
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 

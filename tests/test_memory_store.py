@@ -19,7 +19,9 @@ from shmsession.memory.seal import TAIL_BYTES, RecordSeal
 from shmsession.memory.store import Conflict, MemoryStore, Missing
 from shmsession.memory.tables import sequence_moment
 from shmsession.record import (
+    AUTH_TIME_KEY,
     AUTHENTICATED,
+    LOGIN_KEYS,
     LONGTERM,
     NO_PLACE,
     STORABLE,
@@ -61,6 +63,11 @@ def sets(**values: Any) -> Changes:
 def data_of(record: object) -> dict[DataKey, bytes]:
     assert isinstance(record, Record), record
     return dict(record.split())
+
+
+def login_of(at: int, user: bytes = ADA) -> dict[DataKey, bytes]:
+    """What a record knows of a login."""
+    return {USER_KEY: user, AUTH_TIME_KEY: encode(at)}
 
 
 def created(store: MemoryStore, clock: ManualClock, key: bytes = A, **values: Any) -> Record:
@@ -244,7 +251,7 @@ def test_renew_moves_the_record_as_it_is_now_and_leaves_a_tombstone_that_says_so
     clock.advance(10)
     moved = store.renew(A, B, base, sets(c=3), clock.now(), ADA, login=True)
     assert isinstance(moved, Record)
-    assert data_of(moved) == {"a": encode(2, "a"), "b": encode(1, "b"), "c": encode(3, "c"), USER_KEY: ADA}
+    assert data_of(moved) == {"a": encode(2, "a"), "b": encode(1, "b"), "c": encode(3, "c"), **login_of(clock.now())}
     assert moved.header.flags & AUTHENTICATED
     assert store.load(B, clock.now()) == moved
     assert store.load(A, clock.now()) is Missing.RENEWED
@@ -918,9 +925,14 @@ class AnyOrder(RuleBasedStateMachine):
             assert answer == expected
         else:
             assert isinstance(answer, Record)
-            merged = changes.merged(expected.split())
-            merged.pop(USER_KEY, None)
-            assert answer.split() == (merged if user is None else {**merged, USER_KEY: user})
+            known: dict[DataKey, bytes] = {} if login or user is None else data_of(expected)
+            kept = {key: value for key, value in known.items() if key in LOGIN_KEYS}
+            merged = {key: value for key, value in data_of(expected).items() if key not in LOGIN_KEYS}
+            named: dict[DataKey, bytes] = (
+                {} if user is None else login_of(self.clock.now(), user) if login else {USER_KEY: user}
+            )
+            kept = {} if changes.cleared else kept
+            assert answer.split() == {**changes.merged(merged), **kept, **named}
             assert bool(answer.header.flags & AUTHENTICATED) == (user is not None)
             self._bury(key, Missing.RENEWED)
             if not login:

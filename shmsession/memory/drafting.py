@@ -1,9 +1,12 @@
 """Making the next record: sealed bytes that say what a session is after a commit. No transaction, no clock."""
 
+from shmsession.codec import encode
 from shmsession.errors import SessionTooLarge
 from shmsession.ids import tag_of
 from shmsession.record import (
+    AUTH_TIME_KEY,
     AUTHENTICATED,
+    LOGIN_KEYS,
     NO_TAG,
     USER_KEY,
     WITHDRAWN,
@@ -31,8 +34,10 @@ class Drafts:
         self._max_size = max_size
 
     def first(self, handle: bytes, data: Data, changes: Changes, now: int, boot: int, epoch: int) -> Record:
-        """A session that begins with `data`. Raises SessionTooLarge."""
+        """A session that begins with `data`; with a user in it, by a login. Raises SessionTooLarge."""
         user = data.get(USER_KEY)
+        if user is not None:
+            data = {**data, AUTH_TIME_KEY: encode(now)}
         tag = NO_TAG if user is None else tag_of(user)
         header = first_header(now, boot, changes, self._lifetimes, epoch, self._seal.key_id, tag)
         return self._seal.close(handle, header, self._joined(data), data)
@@ -49,11 +54,16 @@ class Drafts:
         self, handle: bytes, base: Record, changes: Changes, now: int, boot: int, epoch: int, user: bytes | None, *,
         login: bool,
     ) -> Record:  # fmt: skip
-        """`base` with `changes`, as `user`'s, under its new handle. Raises SessionTooLarge."""
-        data = changes.merged(base.split())
-        data.pop(USER_KEY, None)
+        """`base` with `changes`, as `user`'s, under its new handle; of the last login stays what is known unless there
+        is another, or nobody logged in any more. Raises SessionTooLarge."""
+        stored = base.split()
+        if login or user is None:
+            stored = {key: value for key, value in stored.items() if key not in LOGIN_KEYS}
+        data = changes.merged(stored)
         if user is not None:
             data[USER_KEY] = user
+            if login:
+                data[AUTH_TIME_KEY] = encode(now)
         touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
         header = next_header(base.header, now, boot, touched, self._lifetimes, epoch, self._seal.key_id)
         flags = header.flags & ~(AUTHENTICATED | WITHDRAWN) | (AUTHENTICATED if user is not None else 0)
