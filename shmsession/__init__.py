@@ -11,6 +11,7 @@ from .errors import ShmSessionError
 from .keyring import Key
 from .session import Session
 from .store import SessionStore
+from .users import SessionInfo
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OldCookie",
     "Session",
     "SessionConfig",
+    "SessionInfo",
     "SessionMode",
     "SessionStore",
     "ShmSessionError",

@@ -19,6 +19,7 @@ from .headers import (
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
+from .transport import Presented
 
 logger = logging.getLogger("shmsession")
 
@@ -58,12 +59,14 @@ class SessionMiddleware:
             held.readonly = held.readonly or readonly
             await self.app(scope, receive, send)
             return
-        credential: Any = partial(_cookie_header, scope["headers"])
-        if not self.store.transport.is_simple:
-            credential = partial(self.store.transport.presented, partial(_header, scope["headers"]), _peer(scope))
+        asked_by = partial(_presented, self.store, scope["headers"], scope.get("client"))
+        credential: Any = asked_by
+        if self.store.transport.is_simple:
+            credential = partial(_cookie_header, scope["headers"])
         if self.store.is_persistent:
             credential = await self.store.prefetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
+        session.asked_by = asked_by
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
             await self._websocket(session, scope, receive, send)
@@ -214,10 +217,9 @@ def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes | No
     return b",".join(found) if found else None
 
 
-def _peer(scope: Scope) -> str:
-    """The address that the connection came from; "" for one by a unix socket."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""
+def _presented(store: SessionStore, headers: Iterable[tuple[bytes, bytes]], client: Any) -> Presented:
+    """What a request carries. `client`: where the connection came from; None for one by a unix socket."""
+    return store.transport.presented(partial(_header, headers), str(client[0]) if client else "")
 
 
 def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: SessionStore) -> Message:

@@ -11,16 +11,17 @@ from functools import partial
 from typing import Final, TypeVar
 
 from ._portal import Portal
-from .backends.base import Backend, State
+from .backends.base import Backend, Row, State
 from .backends.copying import copy
 from .clock import Clock
 from .errors import BackendError, BackendUnavailable, ShmSessionError, StoreError, StoreFull
 from .flusher import Flusher
 from .id_filter import IdFilter
+from .ids import tag_of
 from .memory.doorbell import Doorbell
 from .memory.store import STALE_FILL_MS, MemoryStore, Missing
-from .record import Record
-from .rows import Rows
+from .record import USER_KEY, Record
+from .rows import Loaded, Rows
 from .signalling import is_down, ring, take_down
 from .telling import Telling
 
@@ -203,9 +204,16 @@ class Behind:
 
     async def _load(self, handle: bytes) -> Record | Missing:
         missed, losses, store = self._clock.boot(), self._memory.outbox.losses(), self._environment.uuid
+        session = self._session_in(await self._answer(self._backend.load(handle)))
+        if session is None:
+            return self._note_missing(handle, missed)
+        return self._keep(handle, session, missed, losses, store)
+
+    async def _answer(self, question: Awaitable[T]) -> T:
+        """What the backend answers to a request that waits. Raises BackendError."""
         try:
             async with asyncio.timeout(self._load_seconds):
-                row = await self._backend.load(handle)
+                return await question
         except TimeoutError:
             self._failed()
             raise BackendUnavailable(f"{self._backend.name} did not answer in {self._load_seconds} s") from None
@@ -218,17 +226,22 @@ class Behind:
         except Exception as error:  # a backend may be somebody else's code
             self._failed()
             raise self._strange("failed with", error) from error
+
+    def _session_in(self, row: Row | None) -> Loaded | None:
+        """The session in a row that was answered, if it is one that lives."""
         try:
             if row is None or row.state is not State.LIVE:
-                return self._note_missing(handle, missed)
-            header, data = self._rows.session_in(row)
+                return None
+            session = self._rows.session_in(row)
         except StoreError:
             raise
         except Exception as error:  # the same
             raise BackendError(f"{self._backend.name} answered what is no row: {type(error).__name__}") from error
-        if self._clock.now() >= header.expires:
-            return self._note_missing(handle, missed)
-        found = self._memory.fill(handle, header, data, missed)
+        return session if self._clock.now() < session.header.expires else None
+
+    def _keep(self, handle: bytes, session: Loaded, missed: int, losses: int, store: bytes) -> Record | Missing:
+        """Keep in memory what was answered; what is there then. Raises StoreError when it cannot be kept."""
+        found = self._memory.fill(handle, *session, missed)
         if self._memory.outbox.losses() != losses:  # it came from before a loss: the backend is to have it again
             self._memory.outbox.send_again(handle)
         if found is None:
@@ -236,6 +249,45 @@ class Behind:
                 raise BackendUnavailable(f"{self._backend.name} answered too late to be believed")
             raise StoreFull("the memory store has no room for a session of the backend: raise SHMSESSION_MAP_SIZE")
         return found
+
+    def sessions_of(self, user: bytes) -> dict[bytes, Loaded]:
+        """The sessions that the backend has of an encoded user id, by handle. Blocks this thread.
+
+        Raises BackendError, StoreError: there is no part of an answer.
+        """
+        self._refuse_if_down()
+        return self._there().wait(self._when_ready(self._sessions_of, user))
+
+    async def sessions_of_async(self, user: bytes) -> dict[bytes, Loaded]:
+        """The same, for code on any event loop."""
+        self._refuse_if_down()
+        return await self._there().ask(self._when_ready(self._sessions_of, user))
+
+    async def _sessions_of(self, user: bytes) -> dict[bytes, Loaded]:
+        found: dict[bytes, Loaded] = {}
+        for row in await self._answer(self._backend.sessions_of(tag_of(user))):
+            session = self._session_in(row)
+            if session is not None and session.values().get(USER_KEY) == user:
+                found[row.handle] = session
+        return found
+
+    def recall(self, user: bytes) -> None:
+        """See to it that memory has all that the backend has of an encoded user id. Blocks this thread.
+
+        Raises BackendError, StoreError.
+        """
+        self._refuse_if_down()
+        self._there().wait(self._when_ready(self._recall, user))
+
+    async def recall_async(self, user: bytes) -> None:
+        """The same, for code on any event loop."""
+        self._refuse_if_down()
+        await self._there().ask(self._when_ready(self._recall, user))
+
+    async def _recall(self, user: bytes) -> None:
+        missed, losses, store = self._clock.boot(), self._memory.outbox.losses(), self._environment.uuid
+        for handle, session in (await self._sessions_of(user)).items():
+            self._keep(handle, session, missed, losses, store)
 
     def _note_missing(self, handle: bytes, boot: int) -> Missing:
         self._missing.pop(handle, None)

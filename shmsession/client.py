@@ -10,6 +10,7 @@ from typing import Final
 from .config import SessionConfig
 
 REMEMBERED: Final = 1024
+AGENT_CHARS: Final = 200
 IPV6_PREFIX: Final = 64
 """Bits of an IPv6 address that count: the rest is the machine's own, which changes it every few hours (RFC 8981)."""
 
@@ -34,10 +35,13 @@ class Binding:
         """
         if not (self._ip or self._agent):
             return b""
-        return self._digest(self._address(peer, forwarded) if self._ip else "", agent if self._agent else b"")
+        return self._digest(self.address(peer, forwarded) if self._ip else "", agent if self._agent else b"")
 
-    def _address(self, peer: str, forwarded: str) -> str:
-        """Each proxy notes who asked it, at the end: what stands further in front anybody may have written."""
+    def address(self, peer: str, forwarded: str) -> str:
+        """The client's address, as far as it is known; maybe with a port, and maybe none at all.
+
+        Each proxy notes who asked it, at the end: what stands further in front anybody may have written.
+        """
         if not self._proxies or not forwarded:
             return peer
         if self._header == "Forwarded":
@@ -76,14 +80,32 @@ def _noted_for(element: str) -> str:
 
 def network_of(address: str) -> str:
     """An IPv4 address, an IPv6 address's network of 64 bits, or whatever else it was; ports and zones are left out."""
+    parsed = _parsed(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((parsed, IPV6_PREFIX), strict=False))
+    return address if parsed is None else str(parsed)
+
+
+def neighbourhood_of(address: str) -> str:
+    """A network in which the address is, too large to tell a person: 24 bits of IPv4, 48 of IPv6; "" for no address."""
+    parsed = _parsed(address)
+    if parsed is None:
+        return ""
+    return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))
+
+
+def agent_in(header: bytes) -> str:
+    """A user agent's name of itself, cut to 200 characters that can be shown."""
+    text = header[: 8 * AGENT_CHARS].decode("utf-8", "replace")
+    return "".join(filter(str.isprintable, text))[:AGENT_CHARS]
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     found = _WITH_PORT.fullmatch(address)
     text = (found[1] or found[2]) if found else address
     try:
         parsed = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is None:
-            return str(ipaddress.ip_network((parsed, IPV6_PREFIX), strict=False))
-        parsed = parsed.ipv4_mapped
-    return str(parsed)
+        return None
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return parsed if mapped is None else mapped

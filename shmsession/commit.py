@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from .clock import Clock
+from .codec import encode
 from .config import SessionConfig, SessionMode
-from .errors import ReadOnlySession, ResponseStarted, SessionGone, ShmSessionError, StoreError, StoreFull
+from .errors import (
+    ReadOnlySession,
+    ResponseStarted,
+    SessionGone,
+    ShmSessionError,
+    StoreError,
+    StoreFull,
+    TooManySessions,
+)
 from .headers import RawHeaders
 from .hooks import CommitDropped, Created, Destroyed, Hooks, Renewed
 from .ids import handle_of
 from .keyring import Keyring
 from .memory.store import ID_IN_USE, MemoryStore, Missing
-from .record import LONGTERM, USER_KEY, Changes, Record
+from .memory.users import Entry
+from .record import DEVICE_KEY, LONGTERM, USER_KEY, Changes, DataKey, Record
 from .session import Session
 from .transport import NOTHING_PRESENTED, Presented, Transport
 
@@ -22,6 +32,8 @@ logger = logging.getLogger("shmsession")
 
 SWEEP_INTERVAL_MS: Final = 5_000
 SWEEP_BATCH: Final = 100
+LOGIN_BYTES: Final = 32
+"""What a login takes in a record at most, beside the user and the device."""
 
 
 class Outcome(NamedTuple):
@@ -53,6 +65,7 @@ class Committer(ABC):
     config: SessionConfig
     clock: Clock
     hooks: Hooks
+    max_size: int
     _touch_interval: int
     is_persistent: bool
     writes_through: bool
@@ -185,14 +198,11 @@ class Committer(ABC):
                 "a read-only session was changed in place, or before it was opened read-only: see readonly= of the "
                 "middleware and of Session.of"
             )
-        if session.gone:
-            self._drop(session, changes, now)
-        elif session.record is None:
-            self._create(session, changes, now)
-        elif session.edits.renew:
-            self._renew(session, session.record, changes, now)
-        else:
-            self._update(session, session.record, changes, now)
+        try:
+            self._write(session, changes, now)
+        except TooManySessions:
+            session.discard()  # whoever catches it can answer with a page that says so
+            raise
         if self.is_persistent:
             self.wrote()
         if self.writes_through and session.raw_handle is not None and not changes.is_touch:
@@ -201,6 +211,16 @@ class Committer(ABC):
             self._next_sweep = now + SWEEP_INTERVAL_MS
             with contextlib.suppress(StoreError):  # the commit is done; the next one will sweep
                 self.memory.sweep(now, SWEEP_BATCH)
+
+    def _write(self, session: Session, changes: Changes, now: int) -> None:
+        if session.gone:
+            self._drop(session, changes, now)
+        elif session.record is None:
+            self._create(session, changes, now)
+        elif session.edits.renew:
+            self._renew(session, session.record, changes, now)
+        else:
+            self._update(session, session.record, changes, now)
 
     def _touch_due(self, session: Session, now: int) -> bool:
         record = session.record
@@ -220,13 +240,18 @@ class Committer(ABC):
             self.kill(session.raw_handle)  # the backend could not say whose it is: nobody's any more
         secret = self.new_id()
         handle = handle_of(secret)
-        stored = changes.set if user is None else {**changes.set, USER_KEY: user}
-        record = self.memory.create(handle, changes._replace(set=stored), now)
+        stored = changes if user is None else self._with_device(session, _with(changes, USER_KEY, user))
+        entry = Entry(session.edits.asked)
+        record = self.memory.create(handle, stored, now, entry)
         if record is None:
             raise StoreError(ID_IN_USE)
+        if isinstance(record, Missing):
+            self._lose(session, changes)
+            return
         self.issued(handle)
         session.committed(secret, handle, record, changes)
         self.hooks.emit(Created(handle.hex(), logged_in=user is not None))
+        self._made_way(session, entry)
 
     def _keep_nothing(self, session: Session) -> None:
         """The visitor has not agreed to be remembered: what the request stored ends with it."""
@@ -242,10 +267,11 @@ class Committer(ABC):
         assert session.raw_handle is not None
         secret, user = self.new_id(), session.encoded_user
         old, new = session.raw_handle, handle_of(secret)
-        login = session.edits.logs_in
-        found = self.memory.renew(old, new, record, changes, now, user, login=login)
+        login, entry = session.edits.logs_in, Entry(session.edits.asked)
+        stored = self._with_device(session, changes) if login else changes
+        found = self.memory.renew(old, new, record, stored, now, user, login=login, entry=entry)
         if found is Missing.UNKNOWN and self.refill(old):
-            found = self.memory.renew(old, new, record, changes, now, user, login=login)
+            found = self.memory.renew(old, new, record, stored, now, user, login=login, entry=entry)
         if isinstance(found, Missing):
             self._drop(session, changes, now)
         else:
@@ -255,6 +281,22 @@ class Committer(ABC):
             self.issued(new)
             session.committed(secret, new, found, changes)
             self.hooks.emit(Renewed(new.hex(), old.hex(), logged_in=login))
+            self._made_way(session, entry)
+
+    def _with_device(self, session: Session, changes: Changes) -> Changes:
+        """The same with what is known of the client of a login, if the session has room for it."""
+        if session.asked_by is None or not self.config.record_device:
+            return changes
+        device = encode(self.transport.device(session.asked_by()))
+        if session.edits.size + len(session.encoded_user or b"") + len(device) + LOGIN_BYTES > self.max_size:
+            return changes
+        return _with(changes, DEVICE_KEY, device)
+
+    def _made_way(self, session: Session, entry: Entry) -> None:
+        """The sessions that ended for this login are ended like others."""
+        for handle in entry.ended:
+            session.wait_for(handle)
+            self.hooks.emit(Destroyed(handle.hex()))
 
     def _update(self, session: Session, record: Record, changes: Changes, now: int) -> None:
         secret, handle = session.secret, session.raw_handle
@@ -292,10 +334,15 @@ class Committer(ABC):
             anew = session.pending()
             assert anew is not None
             self._create(session, anew, now)
-            return
+        else:
+            self._lose(session, changes)
+
+    def _lose(self, session: Session, changes: Changes) -> None:
+        """What was changed is dropped."""
+        matters = session.edits.logs_in or not changes.is_touch
         session.gone = True
         session.discard()
-        if not changes.is_touch:
+        if matters:
             self.memory.environment.counters.add("dropped")
             self.hooks.emit(CommitDropped(session.handle or ""))
 
@@ -305,3 +352,8 @@ class Committer(ABC):
                 "the session needs a new cookie, but the response has begun: store something in it, or call create(), "
                 "renew() or set_longterm() before the first byte (before accept() on a websocket)"
             )
+
+
+def _with(changes: Changes, key: DataKey, value: bytes) -> Changes:
+    """The same with a value more."""
+    return changes._replace(set={**changes.set, key: value})

@@ -174,6 +174,15 @@ class SessionConfig:
     """How long a request waits for a session that only the backend has."""
     drain_timeout: timedelta = timedelta(seconds=10)
     """How long a server that stops goes on sending what waits for the backend."""
+    max_sessions_per_user: int | None = setting("MAX_SESSIONS_PER_USER", count_in, None)
+    """How many sessions a user may have on this host. None: any number."""
+    too_many_sessions: Literal["end_oldest", "refuse"] = setting(
+        "TOO_MANY_SESSIONS", one_of("end_oldest", "refuse"), "end_oldest"
+    )
+    """What a login beyond that does: it ends the session that was logged in first, or raises TooManySessions."""
+    record_device: bool = setting("RECORD_DEVICE", switch_in, True)
+    """Keep with a login the client's user agent and the network of its address, for `store.sessions`."""
+
     on_backend_error: Literal["unavailable", "anonymous"] = "unavailable"
     """What a request gets whose session only the backend has, when that cannot be asked: a 503, or no session."""
     database_keys: tuple[Key, ...] = ()
@@ -189,6 +198,11 @@ class SessionConfig:
         if self.map_size is not None and not MIN_MAP_SIZE <= self.map_size <= MAX_MAP_SIZE:
             raise ConfigError(
                 f"{PREFIX}MAP_SIZE (map_size) is {self.map_size}: write at least 1MiB and at most 1024GiB"
+            )
+        if self.max_sessions_per_user is not None and self.max_sessions_per_user < 1:
+            raise ConfigError(
+                f"{PREFIX}MAX_SESSIONS_PER_USER (max_sessions_per_user) is {self.max_sessions_per_user}: write "
+                "1 or more, or None"
             )
         if not 256 <= self.max_size <= 16 << 20:
             raise ConfigError(f"max_size is {self.max_size}: write 256 bytes to 16 MiB")
@@ -321,6 +335,7 @@ class SessionConfig:
 _WAITS: Final = ("through_timeout", "flush_interval", "load_timeout", "drain_timeout")
 """Times that have no variable."""
 _WORDS: Final = {
+    "too_many_sessions": ("end_oldest", "refuse"),
     "write": ("behind", "through"), "on_backend_error": ("unavailable", "anonymous"),
     "transport": TRANSPORTS, "proxy_header": ("X-Forwarded-For", "Forwarded", "X-Real-IP"),
 }  # fmt: skip
@@ -331,7 +346,7 @@ _SEQUENCES: Final[dict[str, tuple[type, str]]] = {
 }
 _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     **dict.fromkeys(
-        ("secure", "http_only", "partitioned", "save_on_error", "allow_shared", "browser_session"),
+        ("secure", "http_only", "partitioned", "save_on_error", "allow_shared", "browser_session", "record_device"),
         ((bool,), "True or False"),
     ),
     **dict.fromkeys(("path", "header_name"), ((str,), "a str")),
@@ -345,6 +360,7 @@ _TYPES: Final[dict[str, tuple[tuple[type, ...], str]]] = {
     "cookie_mode": ((CookieMode,), "a CookieMode, such as CookieMode.PRIVATE"),
     "map_size": ((int, type(None)), "a number of bytes or None"),
     "max_size": ((int,), "a number of bytes"),
+    "max_sessions_per_user": ((int, type(None)), "a number or None"),
     "trusted_proxies": ((int,), "how many proxies stand in front of this server"),
     "directory": ((type(None),), "a Path or None"),
     "key_file": ((type(None),), "a Path or None"),

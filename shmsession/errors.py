@@ -8,6 +8,7 @@ ShmSessionError
 ├── ReadOnlySession (TypeError)      a write on a read-only session
 ├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
 ├── ResponseStarted                  a new cookie is needed, but the headers have left
+├── TooManySessions                  a login, and its user has as many sessions as one may have
 ├── ContentionError                  `apply` lost the race for one key too often
 ├── CodecError (ValueError)
 │   ├── UnsupportedValue (TypeError) a value that cannot be stored, named by its key
@@ -51,6 +52,11 @@ class SessionTooLarge(ShmSessionError, ValueError):
 
 class ResponseStarted(ShmSessionError):
     """The change needs a new cookie, but the response's headers have already been sent."""
+
+
+class TooManySessions(ShmSessionError):
+    """A login whose user has as many sessions as `max_sessions_per_user` says; it is dropped, with all that its request
+    changed. The message says how to end one."""
 
 
 class ContentionError(ShmSessionError):

@@ -35,6 +35,11 @@ class Finder(Committer):
         """What stands behind the memory store, if anything does."""
         ...
 
+    @abstractmethod
+    async def persisted(self, handles: tuple[bytes, ...], timeout: float | None = None) -> bool:  # noqa: ASYNC109
+        """See `Port.persisted`."""
+        ...
+
     def resolve(self, credential: Credential | Resolved | StoreError) -> Resolved:
         """What a request's cookie leads to. A cookie that is no session is told to the hooks, never adopted."""
         if isinstance(credential, Resolved):  # fetched ahead

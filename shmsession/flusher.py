@@ -19,6 +19,7 @@ from .memory.doorbell import Doorbell
 from .memory.outbox import Dirty
 from .memory.store import MemoryStore
 from .record import NO_PLACE
+from .revoking import Revocations, is_watermark
 from .rows import Rows
 from .sentinel import Neighbour, Overtaken, Recall, Sentinel
 from .signalling import PAUSE_SECONDS, Listener, is_down, ring, take_down
@@ -77,6 +78,7 @@ class Flusher:
         self._sentinel = Sentinel(memory, backend, clock, shared=shared)
         self._id_filter = id_filter
         self._filling: asyncio.Task[None] | None = None
+        self._revocations = Revocations(memory, backend, rows, clock)
         self._recall = Recall(memory.outbox, backend.name, hooks)
         self._last_look = 0
         self._failures = 0
@@ -279,11 +281,15 @@ class Flusher:
             # A renewed session's new row only when its old one is dead: else a loss of memory could leave both alive.
             dead = [pair for pair in waiting if pair[1].state is State.DEAD]
             rest = [pair for pair in waiting if pair[1].state is not State.DEAD] if dead else waiting
+            marks = [dirty for dirty, _ in dead if is_watermark(dirty)]
+            dead = [pair for pair in dead if not is_watermark(pair[0])] if marks else dead
             if dead:
                 await self._send(dead)
                 self._cross_off()  # somebody may be logging out, and waits
             if rest:
                 await self._send(rest)
+            if marks:
+                await self._revoke(marks)
             if reading is not None:
                 self._ahead = await reading
             else:
@@ -328,21 +334,36 @@ class Flusher:
         return ahead if ahead.rows else None
 
     async def _send(self, batch: Sequence[tuple[Dirty, Row]]) -> None:
-        losses, sentinel = self._outbox.losses(), self._sentinel.next()
-        rows = [*(row for _, row in batch), *sentinel]
-        answers = await self._backend.write(rows)
-        if len(answers) != len(rows):
-            raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(rows)}")
+        losses = self._outbox.losses()
+        answers = await self._write([row for _, row in batch])
+        self._take(batch, answers, losses)
+        self._environment.counters.add("batches")
+        self._environment.counters.add("rows", len(batch))
+        self._hooks.emit(Flushed(len(batch)))
+
+    async def _revoke(self, marks: Sequence[Dirty]) -> None:
+        """End what users' watermarks end, all that the backend has of it."""
+        losses = self._outbox.losses()
+        rows = await self._revocations.rows(marks)
+        for begin in range(0, max(1, len(rows)), BATCH):
+            await self._write(rows[begin : begin + BATCH])
+        self._heard.append(([*marks], losses))
+        self._cross_off()  # somebody waits
+
+    async def _write(self, rows: list[Row]) -> Sequence[Answer]:
+        """The answers to these rows, which are sent with the sentinel."""
+        sentinel = self._sentinel.next()
+        sent = [*rows, *sentinel]
+        answers = await self._backend.write(sent) if sent else []
+        if len(answers) != len(sent):
+            raise BackendError(f"{self._backend.name} answered for {len(answers)} rows of {len(sent)}")
         await self._sentinel.ask_history()  # before any answer is believed
         self._failures = 0
         self._telling.forget()
         self._environment.backend_down_until = 0
         if sentinel:
             self._sentinel.look_at(answers[-1], *sentinel)
-        self._take(batch, answers, losses)
-        self._environment.counters.add("batches")
-        self._environment.counters.add("rows", len(batch))
-        self._hooks.emit(Flushed(len(batch)))
+        return answers
 
     def _take(self, batch: Sequence[tuple[Dirty, Row]], answers: Sequence[Answer], losses: int) -> None:
         """Act on the answer for each row. `losses`: how many were known before they were sent."""

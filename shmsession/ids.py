@@ -33,6 +33,11 @@ def handle_of(session_id: str) -> bytes:
     return blake2b(session_id.encode(), digest_size=HANDLE_BYTES, person=b"shmsession id").digest()
 
 
+def watermark_of(user: bytes) -> bytes:
+    """Where the watermark of an encoded user id is kept: no id has this handle."""
+    return blake2b(user, digest_size=HANDLE_BYTES, person=b"shmsession mark").digest()
+
+
 def tag_of(user: bytes) -> bytes:
     """8 bytes that stand for an encoded user id in the users' index: a hint, to be verified against the record."""
     return blake2b(user, digest_size=8, person=b"shmsession user").digest()

@@ -22,6 +22,8 @@ TOMBSTONE: Final = 8
 RENEWED: Final = 16
 WITHDRAWN: Final = 32
 """It is storable no more: a backend that forgets that must be told again."""
+WATERMARK: Final = 64
+"""No session: a tombstone for all sessions that a user had."""
 
 USER_KEY: Final = 0
 AUTH_TIME_KEY: Final = 1
@@ -212,6 +214,12 @@ def first_header(
     return Header(FORMAT, flags, key_id, epoch, 1, now, now, idle, absolute, min(idle, absolute), boot, user_tag)
 
 
+def watermark_header(now: int, boot: int, keep: int, epoch: int, key_id: bytes) -> Header:
+    """The header of a watermark that is written now, and kept for at least `keep` milliseconds."""
+    flags = TOMBSTONE | STORABLE | WATERMARK
+    return Header(FORMAT, flags, key_id, epoch, 1, now, now, now + keep, NEVER, now, boot, NO_TAG)
+
+
 def next_header(
     header: Header, now: int, boot: int, changes: Changes, lifetimes: Lifetimes, epoch: int, key_id: bytes
 ) -> Header:
@@ -236,7 +244,7 @@ def next_header(
 
 def tombstone(header: Header, now: int, boot: int, keep: int, epoch: int, key_id: bytes, *, renewed: bool) -> Header:
     """The header that says "destroyed" and keeps saying it for at least `keep` milliseconds."""
-    flags = header.flags & (STORABLE | WITHDRAWN) | TOMBSTONE | (RENEWED if renewed else 0)
+    flags = header.flags & (STORABLE | WITHDRAWN | WATERMARK) | TOMBSTONE | (RENEWED if renewed else 0)
     return header._replace(
         format=FORMAT, flags=flags, key_id=key_id, epoch=epoch, version=header.version + 1, last_seen=now,
         idle_expiry=now + keep, absolute=NEVER, changed=boot, user_tag=NO_TAG,

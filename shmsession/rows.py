@@ -11,7 +11,7 @@ from .errors import BackendError, Unreadable
 from .keyring import KEY_ID_BYTES, Keyring
 from .memory.outbox import Dirty
 from .memory.seal import TAIL_BYTES
-from .record import FORMAT, HEADER_BYTES, KEY_ID_AT, NO_TAG, STORABLE, TOMBSTONE, Header, split, unpack_header
+from .record import FORMAT, HEADER_BYTES, KEY_ID_AT, NO_TAG, STORABLE, TOMBSTONE, Data, Header, split, unpack_header
 
 _LIVE: Final = State.LIVE
 _PLAIN: Final = b"\x00"
@@ -25,6 +25,10 @@ class Loaded(NamedTuple):
 
     header: Header
     data: bytes
+
+    def values(self) -> Data:
+        """The data's encoded values by key."""
+        return split(self.data) if self.data else {}
 
 
 class Rows:

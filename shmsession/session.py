@@ -94,6 +94,8 @@ class Session(Flashes):
     _chosen: bool | None = None
     kept_choice: bool | None = None
     """What of that stays though the request fails: a "no", and a "yes" that was committed with a session."""
+    asked_by: Callable[[], Any] | None = None
+    """What the request tells of its client, for the transport; asked when somebody logs in."""
     _presented = _stale_cookie = False
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
@@ -317,7 +319,7 @@ class Session(Flashes):
         self.edit()
         if user_id is not KEEP:
             encode(user_id, "user_id")
-            self.edits.user = user_id
+            self.edits.user, self.edits.asked = user_id, self.port.clock.boot()
         self.edits.renew = True
 
     def destroy(self) -> None:
@@ -446,6 +448,7 @@ class Session(Flashes):
         self.assign(assigned)
         edits = self.edits
         edits.user, edits.storable, edits.longterm, edits.renew = was.user, was.storable, was.longterm, True
+        edits.asked = was.asked
 
 
 def _moment(milliseconds: int) -> datetime | None:

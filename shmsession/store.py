@@ -24,7 +24,7 @@ from .config import (
     warn_of_unknown_variables,
 )
 from .errors import ConfigError, StoreError
-from .finding import Credential, Finder
+from .finding import Credential
 from .flusher import Flusher
 from .hooks import Hook, Hooks
 from .id_filter import IdFilter
@@ -37,6 +37,7 @@ from .rows import Rows
 from .session import Resolved, Session
 from .tokens import Ticket
 from .transport import Transport
+from .users import SyncUserSessions, UserSessions
 from .variables import PREFIX
 
 logger = logging.getLogger("shmsession")
@@ -73,7 +74,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class SessionStore(Finder):
+class SessionStore(UserSessions):
     """The sessions of one application on this host.
 
     `backend` keeps them beyond this host's memory: a URL such as sqlite:///sessions.db, or an object of your own
@@ -203,6 +204,8 @@ class SessionStore(Finder):
         memory = MemoryStore(
             self.config.directory, self.name, self.keyring, self.config.lifetimes, self.clock,
             map_size=self.config.map_size, max_size=self.max_size, hooks=self.hooks, backend=self.is_persistent,
+            max_sessions_per_user=self.config.max_sessions_per_user,
+            refuse_more=self.config.too_many_sessions == "refuse",
         )  # fmt: skip
         logger.info("session store %r in %s", self.name, memory.environment.path)
         return memory
@@ -386,11 +389,11 @@ _inherited: list[Behind] = []
 """What a parent had open before a fork is kept: its end in the child would disturb the parent."""
 
 
-class Sync:
+class Sync(SyncUserSessions):
     """What of a store may wait for its backend, each blocking the calling thread."""
 
     def __init__(self, store: SessionStore) -> None:
-        self._store = store
+        self._store: SessionStore = store
 
     def persisted(self, session: Session, timeout: float | None = None) -> bool:
         """See `Session.persisted`."""

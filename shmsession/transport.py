@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from . import cookies
-from .client import Binding
+from .client import Binding, agent_in, neighbourhood_of
 from .config import CookieMode, OldCookie, SessionConfig, SessionMode
 from .headers import RawHeaders
 from .keyring import Keyring
@@ -122,6 +122,11 @@ class Transport:
             (header(self._proxy_header) or b"").decode("latin-1"),
             header(b"user-agent") or b"",
         )
+
+    def device(self, presented: Presented) -> tuple[str, str]:
+        """What is kept of whoever logs in: the user agent, and roughly the address; "" for what is unknown."""
+        address = self._binding.address(presented.peer, presented.forwarded)
+        return agent_in(presented.agent), neighbourhood_of(address)
 
     def read(self, presented: bytes | Presented) -> Ticket | str | None:
         """The ticket that a request carries, None for none, or a reason code. bytes: a Cookie header."""

@@ -23,6 +23,8 @@ class Edits:
     storable: bool | None = None
     longterm: bool | None = None
     user: Any = KEEP
+    asked = 0
+    """When the user was named, by CLOCK_BOOTTIME."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -20,6 +20,7 @@ from .headers import (
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
+from .transport import Presented
 
 logger = logging.getLogger("shmsession")
 
@@ -43,6 +44,7 @@ class SessionMiddleware:
         self.store = store or SessionStore()
         self._skip = matcher(skip)
         self._readonly = matcher(readonly)
+        self._proxies = "HTTP_" + self.store.config.proxy_header.upper().replace("-", "_")
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
@@ -62,6 +64,9 @@ class SessionMiddleware:
                 self.store.transport.presented, partial(_header, environ), environ.get("REMOTE_ADDR", "")
             )
         session = self.store.request_session(credential, readonly=readonly)
+        # Not the environ itself, of which the session is a part: that would be a circle.
+        peer, agent = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_USER_AGENT", "")
+        session.asked_by = partial(_asked_by, peer, environ.get(self._proxies, ""), agent)
         environ[ENVIRON_KEY] = session
         response = _Response(self.store, session, start_response, environ)
         try:
@@ -222,6 +227,10 @@ def _header(environ: Environ, wanted: bytes) -> bytes | None:
     """One header by its lower-case name, as CGI has it."""
     found = environ.get("HTTP_" + wanted.decode().upper().replace("-", "_"))
     return None if found is None else found.encode("latin-1", "replace")
+
+
+def _asked_by(peer: str, forwarded: str, agent: str) -> Presented:
+    return Presented(peer=peer, forwarded=forwarded, agent=agent.encode("latin-1", "replace"))
 
 
 def _close(body: Iterable[bytes]) -> None:

@@ -17,7 +17,7 @@ from shmsession.keyring import Keyring
 from shmsession.memory.outbox import Dirty
 from shmsession.memory.seal import RecordSeal
 from shmsession.memory.store import MemoryStore, Missing
-from shmsession.record import STORABLE, USER_KEY, Changes, Record
+from shmsession.record import STORABLE, USER_KEY, WATERMARK, Changes, Record
 from shmsession.rows import Rows
 from shmsession.testing import ManualClock
 from tests.memory import HOUR, KEYRING, contents, header_of, memory_store
@@ -332,13 +332,13 @@ class Host:
 
     def create(self, handle: bytes, **values: Any) -> Record:
         record = self.memory.create(handle, sets(**values), self.clock.now())
-        assert record is not None
+        assert isinstance(record, Record)
         return record
 
     def login(self, handle: bytes, **values: Any) -> Record:
         changes = Changes(set={**sets(**values).set, USER_KEY: ADA})
         record = self.memory.create(handle, changes, self.clock.now())
-        assert record is not None
+        assert isinstance(record, Record)
         return record
 
     def load(self, handle: bytes) -> Record | Missing:
@@ -413,6 +413,8 @@ def differing(memory: MemoryStore, backend: MemoryBackend, rows: Rows, keyring: 
     for handle in stored.records.keys() - set(stored.outbox.values()):
         record = seal.open(handle, stored.records[handle])
         assert record is not None
+        if record.header.flags & WATERMARK:
+            continue  # what it ends is looked at by itself
         row, there = rows.row_of(Dirty(handle, record)), backend.rows.get(handle)
         if row.state is State.LIVE:
             agrees = there is not None and _says_the_same(rows, row, there)

@@ -46,6 +46,9 @@ GOOD: list[tuple[str, str, Any]] = [
     ("COOKIE_MODE", "plain", CookieMode.PLAIN),
     ("TRANSPORT", "both", "both"),
     ("TRUSTED_PROXIES", "2", 2),
+    ("MAX_SESSIONS_PER_USER", "5", 5),
+    ("TOO_MANY_SESSIONS", "refuse", "refuse"),
+    ("RECORD_DEVICE", "0", False),
     ("SECURE", "0", False),
     ("SECURE", " 1 ", True),
     ("LIFESPAN", "3600", timedelta(hours=1)),
@@ -78,6 +81,7 @@ def test_every_documented_variable_exists_and_is_tested() -> None:
     documented = {
         "MODE", "COOKIE_MODE", "SECURE", "LIFESPAN", "MAX_LIFESPAN", "ABSOLUTE_LIFESPAN", "MEMORY_LIFESPAN",
         "MAP_SIZE", "KEY", "KEY_FILE", "DIR", "NAME", "TRANSPORT", "TRUSTED_PROXIES",
+        "MAX_SESSIONS_PER_USER", "TOO_MANY_SESSIONS", "RECORD_DEVICE",
     }  # fmt: skip
     assert set(VARIABLES) == {"SHMSESSION_" + name for name in documented}
     assert {name for name, *_ in GOOD} == documented == {name for name, *_ in BAD}
@@ -92,6 +96,10 @@ BAD: list[tuple[str, str, str]] = [
     ("TRUSTED_PROXIES", "", "write a number"),
     ("TRUSTED_PROXIES", "-1", "write a number"),
     ("TRUSTED_PROXIES", "17", "write 0 to 16"),
+    ("MAX_SESSIONS_PER_USER", "0", "write 1 or more, or None"),
+    ("MAX_SESSIONS_PER_USER", "few", "write a number"),
+    ("TOO_MANY_SESSIONS", "raise", "write end_oldest or refuse"),
+    ("RECORD_DEVICE", "no", "write 0 or 1"),
     ("SECURE", "", "write 0 or 1"),
     ("SECURE", "yes", "write 0 or 1"),
     ("SECURE", "true", "write 0 or 1"),
@@ -147,6 +155,7 @@ def test_code_wins_over_a_variable_even_over_a_bad_one(monkeypatch: pytest.Monke
         "lifespan": timedelta(hours=1), "max_lifespan": timedelta(days=2), "absolute_lifespan": None,
         "memory_lifespan": timedelta(minutes=1), "map_size": None, "directory": None, "name": None, "keys": (ONE,),
         "key_file": None, "transport": "cookie", "trusted_proxies": 0,
+        "max_sessions_per_user": None, "too_many_sessions": "end_oldest", "record_device": True,
     }  # fmt: skip
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "?")

@@ -73,7 +73,7 @@ class Visitors:
         if user is not None:
             values[USER_KEY] = user
         record = self.store.create(key, Changes(set=values), self.clock.now())
-        assert record is not None
+        assert isinstance(record, Record)
         return key, record
 
     def come_until_full(self, **how: Any) -> list[tuple[bytes, Record]]:

@@ -24,7 +24,7 @@ def make(place: Path) -> Iterator[Make]:
     made: list[SessionStore] = []
 
     def store(**settings: Any) -> SessionStore:
-        made.append(make_store(place / "s", made[0].clock if made else None, **{"keys": (KEY,), **settings}))  # type: ignore[arg-type]
+        made.append(make_store(place / "s", made[0].clock if made else None, **{"keys": (KEY,), **settings}))
         return made[-1]
 
     yield store

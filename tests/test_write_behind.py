@@ -1039,7 +1039,7 @@ class Schedule:
         if self.chance.random() < 0.3:
             changes = changes._replace(set={**changes.set, 0: ADA})
         record = self.host.memory.create(key, changes, self.host.clock.now())
-        assert record is not None
+        assert isinstance(record, Record)
         self.held[key] = record
         self.alive[key] = Expected(value, storable=storable)
         self._saw(key, record)

@@ -8,6 +8,7 @@ from shmsession.record import (
     AUTHENTICATED,
     LOGIN_KEYS,
     NO_TAG,
+    SPARED_KEY,
     USER_KEY,
     WITHDRAWN,
     Changes,
@@ -19,7 +20,9 @@ from shmsession.record import (
     join,
     next_header,
     tombstone,
+    watermark_header,
 )
+from shmsession.watermark import Watermark
 
 from . import room
 from .seal import RecordSeal
@@ -33,11 +36,16 @@ class Drafts:
         self._lifetimes = lifetimes
         self._max_size = max_size
 
-    def first(self, handle: bytes, data: Data, changes: Changes, now: int, boot: int, epoch: int) -> Record:
-        """A session that begins with `data`; with a user in it, by a login. Raises SessionTooLarge."""
+    def first(
+        self, handle: bytes, data: Data, changes: Changes, now: int, boot: int, epoch: int, auth_time: int | None = None
+    ) -> Record:
+        """A session that begins with `data`; with a user in it, by a login at `auth_time`, or now.
+
+        Raises SessionTooLarge.
+        """
         user = data.get(USER_KEY)
         if user is not None:
-            data = {**data, AUTH_TIME_KEY: encode(now)}
+            data = {**data, AUTH_TIME_KEY: encode(now if auth_time is None else auth_time)}
         tag = NO_TAG if user is None else tag_of(user)
         header = first_header(now, boot, changes, self._lifetimes, epoch, self._seal.key_id, tag)
         return self._seal.close(handle, header, self._joined(data), data)
@@ -52,7 +60,7 @@ class Drafts:
 
     def moved(
         self, handle: bytes, base: Record, changes: Changes, now: int, boot: int, epoch: int, user: bytes | None, *,
-        login: bool,
+        login: bool, auth_time: int | None = None,
     ) -> Record:  # fmt: skip
         """`base` with `changes`, as `user`'s, under its new handle; of the last login stays what is known unless there
         is another, or nobody logged in any more. Raises SessionTooLarge."""
@@ -63,7 +71,7 @@ class Drafts:
         if user is not None:
             data[USER_KEY] = user
             if login:
-                data[AUTH_TIME_KEY] = encode(now)
+                data[AUTH_TIME_KEY] = encode(now if auth_time is None else auth_time)
         touched = Changes(touch=True, storable=changes.storable, longterm=changes.longterm)
         header = next_header(base.header, now, boot, touched, self._lifetimes, epoch, self._seal.key_id)
         flags = header.flags & ~(AUTHENTICATED | WITHDRAWN) | (AUTHENTICATED if user is not None else 0)
@@ -84,6 +92,17 @@ class Drafts:
         """What is left of a record. It remembers the horizon, until which a backend must know it."""
         dead = tombstone(header, now, boot, room.QUIET_MS, epoch, self._seal.key_id, renewed=renewed)
         return self._seal.close(handle, dead, successor, place=place)
+
+    def watermark(self, mark: Watermark, place: bytes, now: int, epoch: int) -> Record:
+        """A user's watermark."""
+        header = watermark_header(now, mark.boot, room.QUIET_MS, epoch, self._seal.key_id)
+        return self._seal.close(mark.handle, header, mark.packed(), place=place)
+
+    def spared(self, handle: bytes, base: Record, mark: Watermark, now: int, epoch: int) -> Record:
+        """`base`, of which the watermark does not say that it has ended. However full it is: that cannot wait."""
+        header = next_header(base.header, now, mark.boot, Changes(), self._lifetimes, epoch, self._seal.key_id)
+        data = {**base.split(), SPARED_KEY: encode(mark.moment + 1)}
+        return self._seal.close(handle, header, join(data), data, base.place)
 
     def reheaded(self, handle: bytes, record: Record, header: Header) -> Record:
         """The same data under another header, sealed with the Key that it says."""

@@ -6,6 +6,7 @@ write lock and for pages.
 
 from collections import deque
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,10 +16,12 @@ from shmsession.hooks import Event, Evicted, Expired, Hooks, Quarantined, Record
 from shmsession.keyring import Keyring
 from shmsession.record import (
     HEADER_BYTES,
+    NO_TAG,
     PLACE_BYTES,
     RENEWED,
     STORABLE,
     TOMBSTONE,
+    WATERMARK,
     Changes,
     Header,
     Lifetimes,
@@ -46,6 +49,7 @@ from .tables import (
     unindex,
     waits,
 )
+from .users import Entry, Users
 from .writing import Writer
 
 STALE_FILL_MS: Final = 30_000
@@ -89,6 +93,8 @@ class MemoryStore:
         max_size: int = 64 * 1024,
         backend: bool = False,
         hooks: Hooks | None = None,
+        max_sessions_per_user: int | None = None,
+        refuse_more: bool = False,
     ) -> None:
         self._seal = RecordSeal(keyring)
         self._clock = clock
@@ -100,6 +106,10 @@ class MemoryStore:
         self.environment = registry.acquire(base, name, map_size, clock, self._judge)
         self._writer = Writer(self.environment, self._drafts, clock, self._make_room, self._tell, backend=backend)
         self.outbox = Outbox(self.environment, self._seal, self._writer, clock)
+        self.users = Users(
+            self.environment, self._seal, self._drafts, self._writer, clock,
+            limit=max_sessions_per_user, refuse=refuse_more,
+        )  # fmt: skip
         self._evictor = room.Evictor(backend=backend)
         self._sweeper = Sweeper(self._seal, self._writer.bury, backend=backend)
 
@@ -143,17 +153,25 @@ class MemoryStore:
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def create(self, handle: bytes, changes: Changes, now: int) -> Record | None:
-        """Insert a new record; None when the handle is taken. Raises StoreFull."""
+    def create(self, handle: bytes, changes: Changes, now: int, entry: Entry | None = None) -> Record | Missing | None:
+        """Insert a new record; None when the handle is taken. One that carries a user is a login, made by `entry`: DEAD
+        when their sessions were revoked since it was asked for. Raises StoreFull, TooManySessions, Unreadable."""
         boot, epoch = self._clock.boot(), self.environment.epoch
-        record = self._drafts.first(handle, changes.merged({}), changes, now, boot, epoch)
+        data = changes.merged({})
+        prepared = self._drafts.first(handle, data, changes, now, boot, epoch)
         done: Record | None = None
 
-        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | None:
+        def work(txn: Txn, tables: Tables, made_room: bool = False) -> Record | Missing | None:
             nonlocal done
             raw = txn.get(handle, db=tables.records)
             if raw is not None:
                 return done if self.environment.redoing and done and _is_same(raw, done) else None
+            record: Record | None = prepared
+            if prepared.header.user_tag != NO_TAG:
+                redraft = partial(self._drafts.first, handle, data, changes, now, boot, epoch)
+                record = self.users.admit(txn, tables, prepared, entry, now, redraft)
+            if record is None:
+                return Missing.DEAD
             crowd = self._writer.admit(txn, tables, room.limit_for(record.header), len(record.raw))
             done = self._writer.insert(txn, tables, handle, record)
             self._writer.settle(txn, tables, crowd, made_room)
@@ -219,6 +237,9 @@ class MemoryStore:
                         return found
                 elif _order(found.header) >= _order(header) or waits(txn, tables, handle, found.raw):
                     return found
+            if self.users.has_ended(txn, tables, record):
+                return Missing.DEAD
+            if raw is not None:
                 if len(raw) >= HEADER_BYTES:
                     unindex(txn, tables, handle, unpack_header(raw))  # type: ignore[arg-type]
                 txn.delete(handle, db=tables.records)
@@ -234,12 +255,14 @@ class MemoryStore:
             return None
 
     def renew(
-        self, old: bytes, new: bytes, base: Record, changes: Changes, now: int, user: bytes | None, *, login: bool
-    ) -> Record | Missing:
+        self, old: bytes, new: bytes, base: Record, changes: Changes, now: int, user: bytes | None, *, login: bool,
+        entry: Entry | None = None,
+    ) -> Record | Missing:  # fmt: skip
         """Move the session to a new handle, merged as it is now; the old one becomes a tombstone that says so.
 
         `user` is the encoded user id the session has from now on, None for none. With `login` the absolute deadline
-        begins anew. Raises StoreFull, Unreadable, and StoreError when `new` is in use.
+        begins anew, and it is made by `entry`. DEAD also for a user whose sessions were revoked since the login, or
+        since that was asked for. Raises StoreFull, Unreadable, TooManySessions, and StoreError when `new` is in use.
         """
         boot = self._clock.boot()
         prepared = None
@@ -262,6 +285,15 @@ class MemoryStore:
                     return now_stored
                 found, epoch = now_stored, self.environment.epoch
                 record = self._drafts.moved(new, found, changes, now, boot, epoch, user, login=login)
+            if login and user is not None:
+                epoch = self.environment.epoch
+                redraft = partial(self._drafts.moved, new, found, changes, now, boot, epoch, user, login=True)
+                admitted = self.users.admit(txn, tables, record, entry, now, redraft, leaves=old)
+            else:
+                admitted = None if self.users.has_ended(txn, tables, record) else record
+            if admitted is None:
+                return Missing.DEAD
+            record = admitted
             if txn.get(new, db=tables.records) is not None:
                 raise StoreError(ID_IN_USE)
             crowd = self._writer.admit(txn, tables, room.UPDATE, max(0, len(record.raw) - len(found.raw)))
@@ -295,7 +327,7 @@ class MemoryStore:
                     self._writer.bury(txn, tables, target, last.header, last.place, now, boot)
                     done = target if raw is not None or self._backend else None
                     return done
-                if not found.data:
+                if not found.data or found.header.flags & WATERMARK:
                     return None
                 target = found.data
 

@@ -2,7 +2,7 @@
 
 from typing import Final, Protocol
 
-from shmsession.record import HEADER_BYTES, PLACE_BYTES, RENEWED, TOMBSTONE, Header
+from shmsession.record import HEADER_BYTES, PLACE_BYTES, RENEWED, TOMBSTONE, WATERMARK, Header
 
 from . import room
 from .seal import TAIL_BYTES, RecordSeal
@@ -73,7 +73,7 @@ class Sweeper:
             return int(header is None and txn.delete(handle, db=tables.records))
         if waits(txn, tables, handle, raw):  # a backend has yet to hear of it: as a tombstone, due again later
             renewed = bool(header.flags & RENEWED)
-            successor = raw[HEADER_BYTES:-TAIL_BYTES] if renewed else b""
+            successor = raw[HEADER_BYTES:-TAIL_BYTES] if header.flags & (RENEWED | WATERMARK) else b""
             place = raw[-PLACE_BYTES:]
             self._bury(txn, tables, handle, header, place, now, boot, renewed=renewed, successor=successor)
             return int(not header.flags & TOMBSTONE)

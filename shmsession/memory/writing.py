@@ -9,12 +9,23 @@ import lmdb
 
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull
-from shmsession.record import STORABLE, TOMBSTONE, WITHDRAWN, Header, Record
+from shmsession.record import (
+    HEADER_BYTES,
+    NO_PLACE,
+    PLACE_BYTES,
+    STORABLE,
+    TOMBSTONE,
+    WITHDRAWN,
+    Header,
+    Record,
+    unpack_header,
+)
+from shmsession.watermark import Watermark
 
 from . import room
 from .drafting import Drafts
 from .environment import Environment
-from .tables import Tables, Txn, index, number, reindex, sequence_key, unindex, waits
+from .tables import Tables, Txn, index, number, put, reindex, sequence_key, unindex, waits
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -132,6 +143,22 @@ class Writer:
         if crowd is not None:
             self.settle(txn, tables, crowd, made_room)
         return record
+
+    def overwrite(self, txn: Txn, tables: Tables, handle: bytes, stored: Record, record: Record) -> None:
+        """`replace`, whether there is room or not: for what must not fail, and takes but a few bytes more."""
+        record = self._dirtied(txn, tables, handle, record, stored.header.flags)
+        txn.put(handle, record.raw, db=tables.records)
+        reindex(txn, tables, handle, stored.header, record.header)
+
+    def mark(self, txn: Txn, tables: Tables, mark: Watermark, now: int) -> None:
+        """Put a user's watermark where it belongs, in place of any other."""
+        handle = mark.handle
+        raw: bytes | None = txn.get(handle, db=tables.records)  # type: ignore[assignment]
+        if raw is not None and len(raw) >= HEADER_BYTES:
+            unindex(txn, tables, handle, unpack_header(raw))
+        place = NO_PLACE if raw is None else raw[-PLACE_BYTES:]
+        draft = self._drafts.watermark(mark, place, now, self._environment.epoch)
+        put(txn, tables, handle, self._dirtied(txn, tables, handle, draft).raw, draft.header)
 
     def bury(
         self, txn: Txn, tables: Tables, handle: bytes, header: Header, place: bytes, now: int, boot: int, *,

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pytest
 
+from shmsession.clock import Clock
 from shmsession.config import SessionConfig
 from shmsession.keyring import Key
 from shmsession.store import SessionStore
@@ -49,7 +50,7 @@ class ManualClock:
         self._wall += round(seconds * 1000)
 
 
-def make_store(directory: Path, clock: ManualClock | None = None, **settings: Any) -> SessionStore:
+def make_store(directory: Path, clock: Clock | None = None, **settings: Any) -> SessionStore:
     """A store in `directory` with a small map, a Key of its own, cookies that plain http carries, and a ManualClock.
 
     `settings` are those of SessionConfig; SHMSESSION_* variables do not reach it.
