@@ -1,6 +1,6 @@
 """The session as the application sees it: a working copy of its record, and verbs. It knows no store and no HTTP."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -110,17 +110,10 @@ class Session(Flashes):
         `readonly`: nobody can change it in this request from now on; whoever tries meets ReadOnlySession. Raises
         NoSessionError when no SessionMiddleware has seen the request, or it was told to skip its path.
         """
-        for holder in (request, *(getattr(request, name, None) for name in ("scope", "environ", "META"))):
-            if isinstance(holder, Mapping):
-                for key in (ENVIRON_KEY, "session"):
-                    found = holder.get(key)
-                    if isinstance(found, cls):
-                        found.readonly = found.readonly or readonly
-                        return found
-        raise NoSessionError(
-            "no session here: add shmsession.asgi.SessionMiddleware or shmsession.wsgi.SessionMiddleware to the "
-            "application, and check that its skip= does not cover this path"
-        )
+        _, found = find_session(request)
+        if readonly:
+            found.readonly = True
+        return found
 
     # ── loading ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -449,6 +442,22 @@ class Session(Flashes):
         edits = self.edits
         edits.user, edits.storable, edits.longterm, edits.renew = was.user, was.storable, was.longterm, True
         edits.asked = was.asked
+
+
+def find_session(request: Any) -> tuple[MutableMapping[str, Any], Session]:
+    """The session of a request as `Session.of` takes it, and the scope or environ that holds it."""
+    if type(request) is dict and isinstance(found := request.get(ENVIRON_KEY), Session):
+        return request, found
+    for holder in (*(getattr(request, name, None) for name in ("scope", "environ", "META")), request):
+        if isinstance(holder, MutableMapping):
+            for key in (ENVIRON_KEY, "session"):
+                found = holder.get(key)
+                if isinstance(found, Session):
+                    return holder, found
+    raise NoSessionError(
+        "no session here: add shmsession.asgi.SessionMiddleware or shmsession.wsgi.SessionMiddleware to the "
+        "application, and check that its skip= does not cover this path"
+    )
 
 
 def _moment(milliseconds: int) -> datetime | None:

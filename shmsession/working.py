@@ -233,7 +233,9 @@ class WorkingCopy(MutableMapping[str, Any]):
 
     @property
     def encoded_user(self) -> bytes | None:
-        """The user id that a commit stores, encoded."""
+        """The user id that a commit stores, encoded; None for nobody."""
+        if not self.accessed:
+            self._look()
         if self.edits.user is KEEP:
             return self._data.get(USER_KEY)
         return None if self.edits.user is None else encode(self.edits.user, "user_id")
@@ -241,7 +243,6 @@ class WorkingCopy(MutableMapping[str, Any]):
     @property
     def user_tag(self) -> bytes | None:
         """8 bytes that stand for the user; None for nobody."""
-        self._look()
         user = self.encoded_user
         return None if user is None else tag_of(user)
 
