@@ -611,7 +611,7 @@ def test_only_the_newest_damaged_store_is_kept(place: Path) -> None:
             value_of(store, handle(LEAF_OF))
             assert len(list((base / "test").glob("quarantine-*"))) == 1
         names = sorted(path.name for path in (base / "test").iterdir())
-        assert names == ["attached", "counters", "lmdb", "quarantine-3"]
+        assert names == ["attached", "counters", "generations", "lmdb", "quarantine-3"]
         assert (base / "test/quarantine-3/data.mdb").exists()
 
 

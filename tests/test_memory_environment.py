@@ -101,13 +101,13 @@ def test_only_its_user_may_enter_and_all_bytes_are_there_from_the_start(base: Pa
     create(store, handle(1), "a")
     for path in (base, base / "test", base / "test/lmdb"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    for name in ("attached", "counters", "lmdb/data.mdb", "lmdb/lock.mdb"):
+    for name in ("attached", "counters", "generations", "lmdb/data.mdb", "lmdb/lock.mdb"):
         assert stat.S_IMODE((base / "test" / name).stat().st_mode) == 0o600
     data = (base / "test/lmdb/data.mdb").stat()
     assert data.st_size == 1 << 20
     assert data.st_blocks * 512 >= data.st_size
-    assert sorted(path.name for path in (base / "test").iterdir()) == ["attached", "counters", "lmdb"]
-    for name, length in (("attached", 48), ("counters", 1 << 16)):
+    assert sorted(path.name for path in (base / "test").iterdir()) == ["attached", "counters", "generations", "lmdb"]
+    for name, length in (("attached", 48), ("counters", 1 << 16), ("generations", 1 << 12)):
         mapped = (base / "test" / name).stat()
         assert mapped.st_size == length
         assert mapped.st_blocks * 512 >= length, "a write to a mapped file that lacks bytes ends the process"

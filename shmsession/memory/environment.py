@@ -2,8 +2,8 @@
 
 In the store's directory stand `attached`, mapped by every process that has the environment open (a generation number,
 the PID namespace of those processes, until when the backend is not to be asked, rings for the flusher, the last place
-of the outbox that was given out; a shared flock says that somebody is there), `counters`, perhaps `bloom`, and `lmdb/`,
-the environment.
+of the outbox that was given out; a shared flock says that somebody is there), `counters`, `generations`, perhaps
+`bloom`, and `lmdb/`, the environment.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from .building import (
     set_epoch,
 )
 from .counters import Counters
+from .generations import Generations
 from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
 
 T = TypeVar("T")
@@ -73,15 +74,19 @@ class Opened:
     """An open environment and what must be compared to know that it is still the right one."""
 
     __slots__ = (
-        "attached", "counters", "env", "epoch", "generation", "identity", "looks", "next_look", "pid", "tables", "uuid",
-        "words",
+        "attached", "counters", "env", "epoch", "generation", "generations", "identity", "looks", "next_look", "pid",
+        "tables", "uuid", "words",
     )  # fmt: skip
 
-    def __init__(self, env: lmdb.Environment, attached: int, words: memoryview, data: Path, counters: Counters) -> None:
+    def __init__(
+        self, env: lmdb.Environment, attached: int, words: memoryview, data: Path, counters: Counters,
+        generations: Generations,
+    ) -> None:  # fmt: skip
         self.env = env
         self.attached = attached
         self.words = words
         self.counters = counters
+        self.generations = generations
         self.generation: int = words[GENERATION]
         self.identity = identity(data)
         self.pid = os.getpid()
@@ -198,6 +203,11 @@ class Environment:
     def counters(self) -> Counters:
         """What all processes count together."""
         return (self._opened or self.open()).counters
+
+    @property
+    def generations(self) -> Generations:
+        """By which all processes tell what was cleared."""
+        return (self._opened or self.open()).generations
 
     @property
     def backend_down_until(self) -> int:
@@ -425,7 +435,8 @@ class Environment:
         try:
             counters = Counters(self.path, directory)
             try:
-                opened = Opened(env, attached, words, self.data, counters)
+                generations = Generations(self.path, directory)
+                opened = Opened(env, attached, words, self.data, counters, generations)
             except BaseException:  # also when it is interrupted; it goes on
                 counters.close()
                 raise
