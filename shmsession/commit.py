@@ -19,8 +19,8 @@ from .errors import (
     TooManySessions,
 )
 from .headers import RawHeaders
-from .hooks import CommitDropped, Created, Destroyed, Hooks, Renewed
-from .ids import handle_of
+from .hooks import CommitDropped, Created, Destroyed, Hooks, LoggedIn, LoginRefused, Renewed
+from .ids import handle_of, tag_of
 from .keyring import Keyring
 from .memory.store import ID_IN_USE, MemoryStore, Missing
 from .memory.users import Entry
@@ -201,6 +201,7 @@ class Committer(ABC):
         try:
             self._write(session, changes, now)
         except TooManySessions:
+            self.hooks.emit(LoginRefused(session.handle or "", (session.user_tag or b"").hex()))
             session.discard()  # whoever catches it can answer with a page that says so
             raise
         if self.is_persistent:
@@ -251,6 +252,8 @@ class Committer(ABC):
         self.issued(handle)
         session.committed(secret, handle, record, changes)
         self.hooks.emit(Created(handle.hex(), logged_in=user is not None))
+        if user is not None:
+            self.hooks.emit(LoggedIn(handle.hex(), tag_of(user).hex()))
         self._made_way(session, entry)
 
     def _keep_nothing(self, session: Session) -> None:
@@ -281,6 +284,8 @@ class Committer(ABC):
             self.issued(new)
             session.committed(secret, new, found, changes)
             self.hooks.emit(Renewed(new.hex(), old.hex(), logged_in=login))
+            if login and user is not None:
+                self.hooks.emit(LoggedIn(new.hex(), tag_of(user).hex()))
             self._made_way(session, entry)
 
     def _with_device(self, session: Session, changes: Changes) -> Changes:

@@ -3,7 +3,9 @@
 ShmSessionError
 ├── ConfigError (ValueError)         a setting or a combination of settings that cannot work
 ├── NoSessionError (LookupError)     `Session.of` found no session: no middleware, or a skipped path
-├── NotCreated                       manual mode: something was stored before `create()`
+├── NotCreated                       a session is needed that nobody has created, or agreed to
+├── NotLoggedIn                      `shmsession.auth`: nobody is logged in
+├── Forbidden                        `shmsession.auth`: the user may not do this, or the request was not theirs
 ├── SessionGone                      the session was destroyed or renewed by somebody else meanwhile
 ├── ReadOnlySession (TypeError)      a write on a read-only session
 ├── SessionTooLarge (ValueError)     the session's data would exceed `max_size`
@@ -35,7 +37,16 @@ class NoSessionError(ShmSessionError, LookupError):
 
 
 class NotCreated(ShmSessionError):
-    """In manual mode, a session was changed that nobody has created; nothing was written."""
+    """A session is needed that is not there: in manual mode nobody has created it, in opt-in mode nobody has agreed to
+    it. Nothing was written."""
+
+
+class NotLoggedIn(ShmSessionError):
+    """Nobody is logged in where somebody must be: answer 401, or show the login page."""
+
+
+class Forbidden(ShmSessionError):
+    """The user lacks a right, or another site may have sent the request: answer 403."""
 
 
 class SessionGone(ShmSessionError):

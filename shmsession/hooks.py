@@ -50,6 +50,31 @@ class Destroyed:
 
 
 @dataclass(frozen=True, slots=True)
+class LoggedIn:
+    """A login was committed to the session `handle`. `user`: a hash of the user id. Both in hex."""
+
+    handle: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoginRefused:
+    """Somebody was not let in: `shmsession.auth` found no such active user, the application said so (`login_failed`),
+    or the user has too many sessions. `handle`: the session, or ""; `user`: a hash of what was tried. Both in hex."""
+
+    handle: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedOut:
+    """A user ended their session by `shmsession.auth`'s `logout`. `user`: a hash of the user id. Both in hex."""
+
+    handle: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class Expired:
     """`count` sessions whose time was over were removed from memory. It may be noticed some time after they ended."""
 
@@ -108,7 +133,7 @@ class BackendForgot:
 
 Event = (
     BackendForgot | CookieRefused | CommitDropped | Created | Destroyed | Evicted | Expired | Flushed | FlushFailed
-    | RecordCorrupt | Renewed | Quarantined
+    | LoggedIn | LoggedOut | LoginRefused | RecordCorrupt | Renewed | Quarantined
 )  # fmt: skip
 
 

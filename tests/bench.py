@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from shmsession import SessionConfig, SessionStore
 from shmsession.asgi import App, Scope, SessionMiddleware
+from shmsession.auth import Auth, Rights
 from shmsession.keyring import Key
 from shmsession.testing import login_cookie
 
@@ -74,6 +75,35 @@ def read(scope: Scope) -> None:
 def write(scope: Scope) -> None:
     session = scope["session"]
     session["hits"] = session["hits"] + 1
+
+
+def read_one(scope: Scope) -> None:
+    scope["session"]["hits"]
+
+
+class Member:
+    """A user as applications have them."""
+
+    is_active = True
+    permissions = frozenset({"read", "comment"})
+
+    def has(self, permission: str) -> bool:
+        return permission in self.permissions
+
+
+def authenticated(auth: Auth[Member]) -> App:
+    """One value of the session, for a user who is logged in, remembered by this process, and has a right."""
+    may_read = Rights.permission("read")
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        me = await auth.load(scope)
+        if not (me.is_authenticated and await me.has(may_read)):
+            raise PermissionError
+        me.session["hits"]
+        await send(start())
+        await send(BODY)
+
+    return app
 
 
 class Floor:
@@ -242,14 +272,15 @@ def make_store(directory: Path, name: str, map_size: int = 64 << 20) -> SessionS
     return SessionStore(config=config)
 
 
-def cookie_of(store: SessionStore) -> bytes:
-    ((name, value),) = login_cookie(store, DATA).items()
+def cookie_of(store: SessionStore, user_id: str | None = None) -> bytes:
+    ((name, value),) = login_cookie(store, DATA, user_id=user_id).items()
     return f"{name}={value}".encode()
 
 
 def variants(directory: Path) -> dict[str, tuple[App, bytes | None]]:
     store = make_store(directory / "sessions", "bench")
-    cookie = cookie_of(store)
+    cookie, logged_in = cookie_of(store), cookie_of(store, "ada")
+    auth = Auth(store, lambda user_id: Member())
     record = store.resolve(lambda: cookie).record
     assert record is not None
     floor = Floor(directory / "floor", len(record.raw))
@@ -261,6 +292,8 @@ def variants(directory: Path) -> dict[str, tuple[App, bytes | None]]:
         "skipped path": (SessionMiddleware(application(untouched), store, skip="/"), cookie),
         "read": (SessionMiddleware(application(read), store), cookie),
         "write": (SessionMiddleware(application(write), store), cookie),
+        "read of one value, logged in": (SessionMiddleware(application(read_one), store), logged_in),
+        "the same with its user and a right": (SessionMiddleware(authenticated(auth), store), logged_in),
         "floor read": (floor.app(writes=False), floor_cookie),
         "floor write": (floor.app(writes=True), floor_cookie),
     }
@@ -287,9 +320,11 @@ def measure(found: dict[str, tuple[App, bytes | None]], rounds: int, count: int)
 
 def ratios(cost: dict[str, float]) -> list[tuple[str, float, str]]:
     signed = "Starlette signed cookie, "
+    with_user = cost["the same with its user and a right"] / cost["read of one value, logged in"]
     return [
         ("read ÷ floor read", cost["read"] / cost["floor read"], "≤ 2"),
         ("write ÷ floor write", cost["write"] / cost["floor write"], "≤ 2"),
+        ("authenticated read ÷ the same without", with_user, "≤ 1.3"),
         ("untouched ÷ Starlette signed", cost["cookie, not looked at"] / cost[signed + "untouched"], "≤ 1/3"),
         ("read ÷ Starlette signed", cost["read"] / cost[signed + "read"], "≤ 1/3"),
         ("write ÷ Starlette signed", cost["write"] / cost[signed + "write"], "≤ 1/3"),

@@ -29,7 +29,20 @@ from uvicorn.main import main as uvicorn_command
 from werkzeug.test import Client
 
 import shmsession
-from shmsession import SessionConfig, SessionMode, SessionStore, asgi, cli, codec, config, errors, hooks, testing, wsgi
+from shmsession import (
+    SessionConfig,
+    SessionMode,
+    SessionStore,
+    asgi,
+    auth,
+    cli,
+    codec,
+    config,
+    errors,
+    hooks,
+    testing,
+    wsgi,
+)
 from shmsession import store as store_module
 from shmsession.contrib import gunicorn as gunicorn_hooks
 from shmsession.memory import counters, room
@@ -57,6 +70,7 @@ SESSION_INTERNALS: Final = {
     "replaced", "secret", "settle", "start", "stored", "stored_auth_time", "take", "tells_choice", "through", "told",
     "unavailable", "wait_for",
 }  # fmt: skip
+AUTH_INTERNALS: Final = {"encoded", "find", "stand", "users", "way"}
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
 
 
@@ -128,6 +142,41 @@ def drive_login(app: Any) -> None:
     assert asgi_texts(app, *requests) == ["None", "welcome", "ada", "goodbye", "None"]
 
 
+def drive_auth(app: Any) -> None:
+    with TestClient(app) as client:
+        assert client.get("/reports").status_code == 401
+        for name, password, status in (("ada", "guess", 401), ("eve", "secret", 401), ("bob", "secret", 200)):
+            token = {"X-CSRF-Token": client.get("/token").json()["csrf_token"]}
+            sent = {"name": name, "password": password}
+            assert client.post("/login", json=sent).status_code == 403
+            assert client.post("/login", json=sent, headers=token).status_code == status
+        assert (client.get("/").text, client.get("/reports").status_code) == ("hello, Bob", 403)
+        token = {"X-CSRF-Token": client.get("/token").json()["csrf_token"]}
+        assert client.post("/login", json={"name": "ada", "password": "secret"}, headers=token).text == "welcome, Ada"
+        assert client.get("/reports").text == "all is well"
+        token = {"X-CSRF-Token": client.get("/token").json()["csrf_token"]}
+        assert client.post("/logout", headers=token).text == "goodbye"
+        assert client.get("/").text == "hello, stranger"
+
+
+def drive_auth_flask(app: Any) -> None:
+    client = Client(app)
+    assert client.get("/").status_code == 401
+    found = re.search(r'value="([^"]+)"', client.get("/login").text)
+    assert found is not None
+    for password, status in (("guess", 401), ("secret", 200)):
+        sent = {"csrf_token": found[1], "name": "ada", "password": password}
+        assert client.post("/login", data=sent).status_code == status
+    assert client.get("/").text == "hello, Ada"
+
+
+def drive_auth_fastapi(app: Any) -> None:
+    client = TestClient(app)
+    assert client.get("/").status_code == 401
+    assert [client.post(f"/login/{name}").json() for name in ("eve", "ada")] == [False, True]
+    assert client.get("/").json() == "hello, Ada"
+
+
 def headers_of(connection: Any) -> dict[bytes, bytes]:
     return dict(connection.extra_headers)
 
@@ -188,6 +237,9 @@ APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "hello.py": drive_hello,
     "with_api.py": drive_api,
     "with_asgi.py": visit(bare_asgi_texts),
+    "with_auth.py": drive_auth,
+    "with_auth_fastapi.py": drive_auth_fastapi,
+    "with_auth_flask.py": drive_auth_flask,
     "with_consent.py": drive_consent,
     "with_consent_login.py": drive_login,
     "with_django.py": visit(wsgi_texts),
@@ -351,8 +403,17 @@ AXUM_SESSION: Final = {
     "axum pool": """
         DatabasePool initiate count store load exists delete_one_by_id delete_by_expiry delete_all get_ids
         auto_handles_expiry""",
+    "axum auth configuration": """
+        AuthConfig::new default set_cache with_max_age with_anonymous_user_id with_session_id AuthSessionLayer
+        AuthSessionLayer::new with_config Authentication load_user HasPermission""",
+    "axum auth session": """
+        AuthSession id current_user session is_authenticated is_active is_anonymous login_user logout_user
+        remember_user cache_clear_user cache_clear_all is_logged_in AuthStatus::LoggedIn AuthStatus::StaleUser
+        AuthStatus::DifferentID AuthStatus::LoggedOut reload_user update_user_expiration sync_user_id""",
+    "axum auth rights": """
+        Rights::all Rights::any Rights::none Rights::permission Rights::None Auth::build requires validate has""",
 }
-"""What axum_session 0.20 has for its users."""
+"""What axum_session 0.20 and axum_session_auth 0.20 have for their users."""
 
 
 @pytest.mark.parametrize("part", AXUM_SESSION)
@@ -624,6 +685,30 @@ def test_the_reference_of_the_store_gives_the_signatures_of_what_may_wait_for_th
     mentioned = {re.sub(r"\(.*", "", item).removeprefix("store.sync.") for item in code(row[1])}
     blocking = {name for name, _ in inspect.getmembers(store_module.Sync, inspect.isfunction) if name[0] != "_"}
     assert mentioned == set(awaited) == blocking - {"wait"}
+
+
+def test_the_reference_of_logins_has_every_name_that_applications_use() -> None:
+    everything = {name for name in dir(auth.AuthSession) if not name.startswith("_")} | {"session", "users"}
+    assert everything >= AUTH_INTERNALS
+    documented = marked(DOCS / "auth.md", "auth session")
+    assert names(documented) == everything - AUTH_INTERNALS
+    assert {name for name in dir(auth.SyncAuthSession) if not name.startswith("_")} <= everything
+    for row in rows(documented):
+        name, _, arguments = code(row[0])[0].removeprefix("await ").rstrip(")").partition("(")
+        member = inspect.getattr_static(auth.AuthSession, name, None)
+        assert inspect.iscoroutinefunction(member) == code(row[0])[0].startswith("await "), name
+        if callable(member):
+            written = [argument.split("=")[0].strip() for argument in arguments.split(",") if argument]
+            assert written == list(inspect.signature(member).parameters)[1:], name
+
+
+def test_the_reference_of_auth_has_every_public_name_and_setting() -> None:
+    of_applications = {name for name in dir(auth.Auth) if not name.startswith("_")} | {"store", "config", "sync"}
+    assert names(marked(DOCS / "auth.md", "auth")) - {"Auth"} == of_applications
+    defaults = auth.AuthConfig()
+    expected = [(item.name, shown(getattr(defaults, item.name))) for item in fields(auth.AuthConfig)]
+    table = rows(marked(DOCS / "auth.md", "auth settings"))
+    assert [(code(row[0])[0], code(row[1])[0]) for row in table] == expected
 
 
 def make_throwaway_store() -> SessionStore:

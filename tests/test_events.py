@@ -21,6 +21,9 @@ from shmsession.hooks import (
     Flushed,
     FlushFailed,
     Hooks,
+    LoggedIn,
+    LoggedOut,
+    LoginRefused,
     Quarantined,
     RecordCorrupt,
     Renewed,
@@ -39,6 +42,9 @@ EVENTS: list[Event] = [
     Flushed(500),
     FlushFailed("it could not be reached"),
     BackendForgot(12),
+    LoggedIn("aa" * 20, "cc" * 8),
+    LoggedOut("aa" * 20, "cc" * 8),
+    LoginRefused("", "cc" * 8),
 ]
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from shmsession import Key, Session, SessionConfig, SessionMode, SessionStore, asgi, wsgi
 from shmsession.backends.base import SENTINEL, State
+from shmsession.codec import encode
 from shmsession.errors import NotCreated, ResponseStarted, StoreError
-from shmsession.hooks import Created, Destroyed, Event, Expired, Renewed
+from shmsession.hooks import Created, Destroyed, Event, Expired, LoggedIn, Renewed
+from shmsession.ids import tag_of
 from shmsession.testing import ManualClock, make_store
 from tests.asking import PROTOCOLS, Broken, Visitor
 from tests.backends import MemoryBackend
@@ -604,12 +606,13 @@ def test_hooks_hear_of_sessions_that_begin_and_end(place: Path) -> None:
             Created(first, logged_in=False),
             Renewed(second, first, logged_in=False),
             Renewed(third, second, logged_in=True),
+            LoggedIn(third, tag_of(encode("ada")).hex()),
             Destroyed(third),
         ]
         events.clear()
         for _ in range(3):
             Visitor(store).ask(log_in)
-        assert [type(event) for event in events] == [Created] * 3
+        assert [type(event) for event in events] == [Created, LoggedIn] * 3
         assert isinstance(store.clock, ManualClock)
         store.clock.advance(days=1)
         events.clear()

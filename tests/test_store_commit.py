@@ -24,7 +24,7 @@ from shmsession.errors import (
     StoreFull,
     UnsupportedValue,
 )
-from shmsession.hooks import CommitDropped, CookieRefused, Created, Destroyed, Event, Expired
+from shmsession.hooks import CommitDropped, CookieRefused, Created, Destroyed, Event, Expired, LoggedIn
 from shmsession.hooks import Renewed as RenewedEvent
 from shmsession.session import Session
 from shmsession.store import SessionStore
@@ -76,7 +76,7 @@ class Browser:
         return self.request().to_dict()
 
 
-ORDINARY = (Created, RenewedEvent, Destroyed, Expired)
+ORDINARY = (Created, RenewedEvent, Destroyed, Expired, LoggedIn)
 """Events that are no news here."""
 
 
