@@ -329,15 +329,14 @@ class WorkingCopy(MutableMapping[str, Any]):
 
     def moved_to(self, record: Record, changes: Changes) -> None:
         """Stand at what was committed; what was read stays readable, and nested edits of it are still noticed."""
-        values, data = self._seen, self._data
+        values, data, mutable = self._seen, self._data, self._mutable
         self._reset(record)
         for key, value in values.items():
             if key not in self._base:
                 continue
-            raw = changes.set.get(key, data.get(key))
             if type(value) not in IMMUTABLE:
-                self._seen[key], self._mutable[key] = value, raw
-            elif raw == self._base.get(key):
+                self._seen[key], self._mutable[key] = value, changes.set.get(key, mutable[key])
+            elif changes.set.get(key, data.get(key)) == self._base.get(key):
                 self._seen[key] = value
 
 

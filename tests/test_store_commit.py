@@ -935,6 +935,19 @@ def test_save_on_error_keeps_the_changes(place: Path) -> None:
 # ── save() and what comes after the headers ────────────────────────────────────────────────────────────────────
 
 
+def test_however_often_it_is_saved_what_was_only_read_is_left_alone(browser: Browser) -> None:
+    """A websocket saves again and again; what others stored meanwhile under a key that it has read stays."""
+    page = browser.stored(cart=["tea"])
+    assert page["cart"] == ["tea"]
+    other = browser.request()
+    other["cart"] = ["milk"]
+    browser.answer(other)
+    for number in range(3):
+        page["n"] = number
+        page.save()
+        assert browser.data() == {"cart": ["milk"], "n": number}
+
+
 def test_save_commits_now_and_the_response_still_sends_the_cookie(browser: Browser) -> None:
     """Once, however often it was saved."""
     session = browser.request()
