@@ -31,6 +31,8 @@ DEVICE_KEY: Final = 2
 SPARED_KEY: Final = 3
 LOGIN_KEYS: Final = (USER_KEY, AUTH_TIME_KEY, DEVICE_KEY, SPARED_KEY)
 """What is known of a login: whose, when, from where, and the revocation of that user's sessions which spared it."""
+NOTES: Final = range(16)
+"""int keys of what the library notes on a session. Those above are the application's messages."""
 NO_TAG: Final = bytes(8)
 
 DataKey = str | int

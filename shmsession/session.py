@@ -1,8 +1,8 @@
 """The session as the application sees it: a working copy of its record, and verbs. It knows no store and no HTTP."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from .clock import Clock
 from .codec import decode, encode
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 APPLY_ATTEMPTS: Final = 100
 ENVIRON_KEY: Final = "shmsession.session"
+Ending = Literal["destroyed", "renewed", "expired", "lost"]
 
 
 class Resolved(NamedTuple):
@@ -71,6 +72,10 @@ class Port(Protocol):
         """Wait until the backend has these sessions; whether it has."""
         ...
 
+    def changes(self, session: "Session") -> AsyncIterator[frozenset[str]]:
+        """See `Session.changes`."""
+        ...
+
 
 class Session(Flashes):
     """One visitor's data. Nothing is loaded before it is looked at; nothing is written that did not change."""
@@ -97,6 +102,7 @@ class Session(Flashes):
     asked_by: Callable[[], Any] | None = None
     """What the request tells of its client, for the transport; asked when somebody logs in."""
     _presented = _stale_cookie = False
+    _ending: Ending | None = None
 
     def __init__(self, port: Port, credential: Any = None, *, readonly: bool = False) -> None:
         self.port = port
@@ -244,6 +250,15 @@ class Session(Flashes):
         self._look()
         stored = self.record is not None and bool(self.record.header.flags & LONGTERM)
         return stored if self.edits.longterm is None else self.edits.longterm
+
+    @property
+    def ended(self) -> Ending | None:
+        """Why `changes` came to its end: how others ended the session; None while nobody has.
+
+        destroyed: also by `SessionStore.clear`. renewed: it has another id, by a login or not. expired: nobody looked
+        at it for too long. lost: it is in memory no more, and what became of it cannot be told.
+        """
+        return self._ending if self.gone else None
 
     # ── verbs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -402,6 +417,18 @@ class Session(Flashes):
         self._look()
         return self.raw_handle is None or await self.port.persisted((self.raw_handle,), timeout)
 
+    def changes(self) -> AsyncIterator[frozenset[str]]:
+        """Follow what others do to the session: `async for keys in session.changes()`.
+
+        Yields the keys that other requests, of any process of this host, have changed since this one first looked, or
+        since it last yielded; none when they left or showed messages (`flash`) only. The session then has their values,
+        but keeps what was changed here and is not committed. Ends when the session does: then `gone` is True, and
+        `ended` says why. It also ends, with `gone` False, when the session is not stored, is destroyed here, or the
+        store is closed. Following a session does not keep it alive; `touch()` does. Raises StoreError.
+        """
+        self._look()
+        return self.port.changes(self)
+
     # ── for the store ─────────────────────────────────────────────────────────────────────────────────────────
 
     def discard(self) -> None:
@@ -418,6 +445,10 @@ class Session(Flashes):
         if self.choice:
             self.kept_choice = True
         self.moved_to(record, changes)
+
+    def end(self, ending: Ending) -> None:
+        """Others have ended the session."""
+        self.gone, self._ending = True, ending
 
     def told(self) -> None:
         """The response carries what the visitor chose."""

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from .hooks import Hook, Hooks
 from .id_filter import IdFilter
 from .ids import handle_of, is_id, new_id
 from .keyring import Keyring
+from .live import Following, Live
 from .memory.place import default_directory, open_directory
 from .memory.store import Conflict, MemoryStore, Missing
 from .record import NEVER, Changes, Record
@@ -150,7 +151,7 @@ class SessionStore(UserSessions):
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
-        for cached in ("transport", "keyring"):  # else a server that preloads would never hear of new Keys
+        for cached in ("transport", "keyring", "live"):  # else a server that preloads would never hear of new Keys
             self.__dict__.pop(cached, None)
 
     def __enter__(self) -> Self:
@@ -267,6 +268,15 @@ class SessionStore(UserSessions):
         if session_id is not None and is_id(session_id):
             session.start(self._find(Ticket(session_id, handle_of(session_id), NEVER), self.clock.now(), (None, True)))
         return session
+
+    @cached_property
+    def live(self) -> Live:
+        """What follows sessions for `Session.changes` in this process, until the store is closed."""
+        return Live(self.memory, self.clock, backend=self.is_persistent)
+
+    def changes(self, session: Session) -> AsyncIterator[frozenset[str]]:
+        """See `Port.changes`."""
+        return Following(self.live, session)
 
     def swap(self, handle: bytes, base: Record, changes: Changes) -> tuple[Record, bool] | None:
         """See `Port.swap`."""

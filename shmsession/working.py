@@ -1,13 +1,14 @@
 """The working copy of a record: a mapping that knows what was read and changed in it. No store, no HTTP, no I/O."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, Final, Self
+from weakref import WeakSet
 
 from .codec import IMMUTABLE, decode, encode
 from .errors import ReadOnlySession, SessionTooLarge
 from .ids import tag_of
-from .record import AUTH_TIME_KEY, USER_KEY, Changes, Data, DataKey, Record, join, pack_plain
+from .record import AUTH_TIME_KEY, NOTES, USER_KEY, Changes, Data, DataKey, Record, join, pack_plain
 
 KEEP: Final = object()
 """In place of a user id: the one that is stored."""
@@ -50,6 +51,15 @@ class _Unedited(Edits):
 UNEDITED: Final[Edits] = _Unedited()
 
 
+class Follower:
+    """Somebody who is told what others change. `known`: the data as they were told, with what was committed here."""
+
+    __slots__ = ("__weakref__", "known")
+
+    def __init__(self, known: Data) -> None:
+        self.known = known
+
+
 class WorkingCopy(MutableMapping[str, Any]):
     """A record's data with what a request does to it. Values are decoded when they are read, once.
 
@@ -62,6 +72,7 @@ class WorkingCopy(MutableMapping[str, Any]):
     record: Record | None = None
     edits: Edits = UNEDITED
     _settled = False
+    _followers: Collection[Follower] = ()
 
     @property
     @abstractmethod
@@ -316,7 +327,8 @@ class WorkingCopy(MutableMapping[str, Any]):
         pending: Data = {key: self._data[key] for key in self.edits.assigned}
         read: Data = {key: self._data[key] for key in self._seen if key in self._data}
         self.record, self._base = record, record.split()
-        self._data = {key: raw for key, raw in self._base.items() if key not in self.edits.deleted} | read | pending
+        stored = {} if self.edits.cleared else self._base
+        self._data = {key: raw for key, raw in stored.items() if key not in self.edits.deleted} | read | pending
 
     def replaced(self, key: str, value: Any, raw: bytes) -> None:
         """The record has this value now."""
@@ -326,6 +338,8 @@ class WorkingCopy(MutableMapping[str, Any]):
         self._seen[key] = value
         if type(value) not in IMMUTABLE:
             self._mutable[key] = raw
+        for follower in self._followers:
+            follower.known = {**follower.known, key: raw}
 
     def moved_to(self, record: Record, changes: Changes) -> None:
         """Stand at what was committed; what was read stays readable, and nested edits of it are still noticed."""
@@ -338,6 +352,40 @@ class WorkingCopy(MutableMapping[str, Any]):
                 self._seen[key], self._mutable[key] = value, changes.set.get(key, mutable[key])
             elif changes.set.get(key, data.get(key)) == self._base.get(key):
                 self._seen[key] = value
+        for follower in self._followers:
+            follower.known = changes.merged(follower.known)
+
+    # ── following what others do ──────────────────────────────────────────────────────────────────────────────
+
+    def follow(self) -> Follower:
+        """Somebody who is told from now on what others change, as long as they exist."""
+        follower = Follower(self._base)
+        self._followers = WeakSet((*self._followers, follower))
+        return follower
+
+    def catch_up(self, record: Record, follower: Follower) -> frozenset[str] | None:
+        """Stand at the record as it is now; what is pending stays as it was, what others changed is read anew.
+
+        Returns the keys that they changed since the follower was told, or since they were read; none of them when it
+        was messages only, and None when there is nothing to tell.
+        """
+        was, now = follower.known, record.split()
+        differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key) and key not in NOTES}
+        outdated = {key for key in self._seen if self._as_read(key) != now.get(key) and not self.is_pending(key)}
+        for key in outdated:
+            self._seen.pop(key)
+            self._mutable.pop(key, None)
+        self.rebase(record)
+        if self.edits is not UNEDITED:
+            self.edits.size = len(join(self._data))
+        follower.known = now
+        told = outdated.union(key for key in differing if isinstance(key, str))
+        return frozenset(told) if differing or outdated else None
+
+    def _as_read(self, key: str) -> bytes | None:
+        """The encoded value that was read, whatever was done to it since."""
+        raw = self._mutable.get(key)
+        return self._data.get(key) if raw is None else raw
 
 
 def _name_size(key: DataKey) -> int:

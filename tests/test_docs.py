@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import timedelta
 from enum import Enum
@@ -59,16 +60,16 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "behind", "clock", "commit", "commit_failed", "hooks", "issued", "keyring", "kill", "max_size", "mode", "new_id",
-    "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "withdrawn",
+    "behind", "changes", "clock", "commit", "commit_failed", "hooks", "issued", "keyring", "kill", "live", "max_size",
+    "mode", "new_id", "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "withdrawn",
     "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
-    "asked_by", "assign", "assigned", "begin_anew", "choice", "committed", "discard", "drops_cookie", "edit", "edits",
-    "encoded_user", "gone", "headers_sent", "is_emptied", "is_pending", "is_settled", "kept_choice", "loaded",
-    "max_size", "moved_to", "origin", "owes_cookie", "pending", "port", "put", "raw_handle", "rebase", "record",
-    "replaced", "secret", "settle", "start", "stored", "stored_auth_time", "take", "tells_choice", "through", "told",
-    "unavailable", "wait_for",
+    "asked_by", "assign", "assigned", "begin_anew", "catch_up", "choice", "committed", "discard", "drops_cookie",
+    "edit", "edits", "encoded_user", "end", "follow", "headers_sent", "is_emptied", "is_pending", "is_settled",
+    "kept_choice", "loaded", "max_size", "moved_to", "origin", "owes_cookie", "pending", "port", "put", "raw_handle",
+    "rebase", "record", "replaced", "secret", "settle", "start", "stored", "stored_auth_time", "take", "tells_choice",
+    "through", "told", "unavailable", "wait_for",
 }  # fmt: skip
 AUTH_INTERNALS: Final = {"encoded", "find", "stand", "users", "way"}
 MAPPING: Final = {"get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}
@@ -194,6 +195,27 @@ def drive_websocket(app: Any) -> None:
             assert b"set-cookie" not in headers_of(connection)
 
 
+def drive_live(app: Any) -> None:
+    """A websocket and a stream of one visitor hear of what other requests do, and end with the logout."""
+    with TestClient(app) as client, ThreadPoolExecutor() as pool:
+        client.post("/cart/tea")
+        with client.websocket_connect("/live") as connection:
+            assert connection.receive_json() == {"cart": ["tea"]}
+            stream = pool.submit(client.get, "/events")
+            client.post("/cart/milk")
+            assert connection.receive_json() == {"cart": ["tea", "milk"]}
+            client.post("/logout")
+            closed = connection.receive()
+            assert (closed["type"], closed["code"], closed["reason"]) == ("websocket.close", 1008, "destroyed")
+            assert stream.result().text.endswith("event: ended\ndata: destroyed\n\n")
+        with client.websocket_connect("/live") as connection:
+            assert connection.receive_json() == {}
+            assert connection.receive()["code"] == 1008, "nothing to follow"
+        client.post("/cart/tea")
+        with client.websocket_connect("/live"):
+            pass
+
+
 def drive_readonly(app: Any) -> None:
     assert bare_asgi_texts(app, "POST /cart/tea", "GET /cart") == ['["tea"]', '["tea"]']
     with pytest.raises(errors.ReadOnlySession):
@@ -247,6 +269,7 @@ APPLICATIONS: Final[dict[str, Callable[[Any], None]]] = {
     "with_flask.py": visit(wsgi_texts),
     "with_flask_handler.py": visit(wsgi_texts),
     "with_greet.py": drive_greet,
+    "with_live.py": drive_live,
     "with_login.py": drive_login,
     "with_readonly.py": drive_readonly,
     "with_starlette.py": visit(asgi_texts),

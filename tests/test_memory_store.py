@@ -1,5 +1,6 @@
 """The memory store: every operation and answer, one transaction each, and tables that always agree."""
 
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ from tests.memory import (
     header_of,
     memory_store,
     put_raw,
+    spoilt,
     transactions,
     waiting,
 )
@@ -141,6 +143,44 @@ def test_a_session_that_was_evicted_can_be_destroyed_and_no_fill_brings_it_back(
     assert header is not None
     assert header.horizon >= clock.now() + LIFETIMES.longterm, "of all that it may have been, the longest"
     check_tables(store)
+
+
+def test_raws_are_of_one_snapshot_and_only_looked_for_after_a_commit(
+    store: MemoryStore, place: Path, clock: ManualClock
+) -> None:
+    record = created(store, clock, v=1)
+    stamp, raws = store.raws([A, B])
+    assert raws == [record.raw, None]
+    assert store.raws([A, B], stamp) == (stamp, None)
+    with closing(memory_store(place / "base", clock)) as same:
+        other = same.create(B, sets(v=2), clock.now())
+        assert isinstance(other, Record)
+    later, raws = store.raws([A, B], stamp)
+    assert (later == stamp, raws) == (False, [record.raw, other.raw])
+
+
+def test_a_rebuilt_store_has_another_stamp_whatever_it_counts(store: MemoryStore, clock: ManualClock) -> None:
+    created(store, clock, v=1)
+    stamp, _ = store.raws([A])
+    shutil.rmtree(store.environment.path)
+    store.environment.close()
+    created(store, clock, v=1)
+    assert store.raws([A])[0].uuid != stamp.uuid
+
+
+@pytest.mark.parametrize("end", ["lives", "is destroyed", "is renewed", "expires", "is damaged", "was never there"])
+def test_stored_bytes_are_judged_as_load_does(store: MemoryStore, clock: ManualClock, end: str) -> None:
+    record = created(store, clock, v=1)
+    if end == "is destroyed":
+        store.destroy(A, clock.now())
+    elif end == "is renewed":
+        store.renew(A, B, record, Changes(), clock.now(), None, login=False)
+    elif end == "expires":
+        clock.advance(hours=1)
+    elif end == "is damaged":
+        put_raw(store, A, spoilt(record.raw))
+    handle = C if end == "was never there" else A
+    assert store.judge(handle, store.environment.get(handle), clock.now()) == store.load(handle, clock.now())
 
 
 def test_create_never_replaces(store: MemoryStore, clock: ManualClock) -> None:
