@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 
 from .clock import Clock
 from .errors import StoreError
+from .ids import watermark_of
 from .memory.store import MemoryStore, Missing, Stamp
-from .record import NEVER, STORABLE, Record
+from .record import NEVER, STORABLE, USER_KEY, Record
 from .session import Ending, Session
 
 LOOK_SECONDS: Final = 0.25
@@ -55,8 +56,8 @@ class Following:
     async def __anext__(self) -> frozenset[str]:
         live, session = self._live, self._session
         while (handle := session.raw_handle) is not None and not live.memory.closed:
-            raw = live.memory.environment.get(handle)
-            found = self._find(handle, raw)
+            known = self._stored(handle)
+            found = self._find(handle, known[handle])
             if not isinstance(found, Record):
                 session.end(found)
                 break
@@ -65,8 +66,16 @@ class Following:
             keys = session.catch_up(found, self._follower)
             if keys is not None:
                 return keys
-            self._looked = await live.watcher.changed({handle: raw}, found.header.expires)
+            self._looked = await live.watcher.changed(known, found.header.expires)
         raise StopAsyncIteration
+
+    def _stored(self, handle: bytes) -> dict[bytes, bytes | None]:
+        """What is stored under the handle; when nothing is, also the user's watermark, which ends what is not there."""
+        get, last = self._live.memory.environment.get, self._session.record
+        raw, user = get(handle), None if last is None else last.split().get(USER_KEY)
+        if raw is not None or user is None:
+            return {handle: raw}
+        return {handle: raw, watermark_of(user): get(watermark_of(user))}
 
     def _find(self, handle: bytes, raw: bytes | None) -> Record | Ending:
         """The record as it is now, or how the session ended."""
@@ -79,7 +88,8 @@ class Following:
             if now >= last.header.expires:
                 return "expired"
             if raw is None and live.backend and last.header.flags & STORABLE and not is_blind:
-                return last  # it was idle, and left memory: whoever changes or ends it brings it back
+                # It was idle, and left memory: whoever changes or ends it alone brings it back.
+                return "destroyed" if live.memory.users.has_revoked(last) else last
         return _ENDINGS[found]
 
 

@@ -617,6 +617,31 @@ def test_a_session_that_left_memory_goes_on_until_it_ends(kept: SessionStore, en
     assert page.ended == ENDINGS[end]
 
 
+def test_a_session_that_left_memory_ends_with_all_of_its_user(kept: SessionStore) -> None:
+    """A revocation buries what is in memory; what is not ends by the user's watermark."""
+    ada, bob, spared = stored(kept), stored(kept), stored(kept)
+    for session, user in ((ada, "ada"), (bob, "bob"), (spared, "ada")):
+        session.renew(user_id=user)
+        session.save()
+
+    async def follow() -> None:
+        pages = [asyncio.create_task(end_of(session.changes())) for session in (ada, bob)]
+        await waits(kept)
+        await retire(kept)
+        await waits(kept)
+        assert not is_in_memory(kept, ada)
+        assert not is_in_memory(kept, bob)
+        await kept.revoke_user("ada", keep=spared)
+        assert await pages[0] == []
+        assert not pages[1].done()
+        destroyed(kept, bob)
+        assert await pages[1] == []
+
+    patiently(follow())
+    assert (ada.ended, bob.ended) == ("destroyed", "destroyed")
+    assert patiently(end_of(other(kept, ada).changes())) == []
+
+
 def test_a_session_that_no_backend_keeps_is_lost_when_it_leaves_memory(kept: SessionStore) -> None:
     page = stored(kept)
     page.set_store(False)

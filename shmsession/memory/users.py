@@ -171,6 +171,10 @@ class Users:
         record = self._seal.open(handle, raw) if raw else None
         return None if record is None else Watermark.of(record)
 
+    def has_revoked(self, record: Record) -> bool:
+        """Whether a watermark says that this session, which may not be here any more, has ended."""
+        return self._environment.read(lambda txn, tables: self.has_ended(txn, tables, record))
+
     # ── coming in ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def has_ended(self, txn: Txn, tables: Tables, record: Record) -> bool:
