@@ -1,5 +1,6 @@
 """Fixtures for all tests. Everything a test makes is in a directory of its own and is gone afterwards."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -46,3 +47,14 @@ def nothing_leaks_between_sessions() -> Iterator[None]:
 
 def pytest_report_header() -> str:
     return f"seed of the sized tests: {SEED}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each worker begins with its share of the long tests: one that begins last is waited for by all others."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("soak")]
+    short = [item for item in items if not item.get_closest_marker("soak")]
+    share = -(-len(short) // workers)
+    shares = [(*long[n::workers], *short[n * share : (n + 1) * share]) for n in range(workers)]
+    items[:] = [item for share_of_one in shares for item in share_of_one]
