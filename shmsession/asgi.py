@@ -7,6 +7,7 @@ from typing import Any
 
 from .commit import Outcome
 from .errors import ShmSessionError, StoreError
+from .finding import Wanted
 from .headers import (
     FAILED,
     FAILED_BODY,
@@ -64,7 +65,9 @@ class SessionMiddleware:
         if self.store.transport.is_simple:
             credential = partial(_cookie_header, scope["headers"])
         if self.store.is_persistent:
-            credential = await self.store.prefetch(credential)
+            credential = self.store.look_ahead(credential)
+            if type(credential) is Wanted:
+                credential = await self.store.fetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
         session.asked_by = asked_by
         scope["session"] = scope[ENVIRON_KEY] = session

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from .behind import Behind
 from .commit import Committer
@@ -24,6 +24,13 @@ Origin = tuple[Presented | None, bool | None]
 NO_ORIGIN: Final[Origin] = (None, None)
 PLAIN_FRESH_MS: Final = 200 * 86_400_000
 """A plain token does not say when it was issued; from this age of its session on it is issued anew at every touch."""
+
+
+class Wanted(NamedTuple):
+    """A session that memory lacks, and what its request carried."""
+
+    ticket: Ticket
+    origin: Origin
 
 
 class Finder(Committer):
@@ -51,18 +58,27 @@ class Finder(Committer):
             return self._find(ticket, self.clock.now(), origin)
         return self._without(ticket, origin)
 
-    async def prefetch(self, credential: Credential) -> Credential | Resolved | StoreError:
-        """With a backend: what `resolve` is to be given later, by an application that cannot wait for it then."""
-        if not self.is_persistent:
-            return credential
+    def look_ahead(self, credential: Credential) -> Resolved | StoreError | Wanted:
+        """With a backend: what `resolve` is to be given later, by an application that cannot wait for it then.
+
+        What only the backend can tell is `fetch`'s to find out.
+        """
         try:
             ticket, origin = self._ticket(credential)
             if not isinstance(ticket, Ticket):
                 return self._without(ticket, origin)
             now = self.clock.now()
             found = self._in_memory(ticket, now)
-            if found is not Missing.UNKNOWN or self._is_unknown(ticket):
-                return _resolved(ticket, found, now, origin)
+            if found is Missing.UNKNOWN and not self._is_unknown(ticket):
+                return Wanted(ticket, origin)
+            return _resolved(ticket, found, now, origin)
+        except StoreError as error:
+            return error
+
+    async def fetch(self, wanted: Wanted) -> Resolved | StoreError:
+        """The same for a session that memory lacks."""
+        ticket, origin = wanted
+        try:
             try:
                 found = await self.behind.load_async(ticket.handle)
             except BackendError as error:

@@ -97,6 +97,10 @@ class Record:
         """Its place in the outbox when it was last put there; whether it still waits there is the outbox's to say."""
         return self.raw[-PLACE_BYTES:]
 
+    def move_to(self, place: bytes) -> None:
+        """Stand at another place. Only for a draft, which nobody has put into a set or compared with another."""
+        self.raw = self.raw[:-PLACE_BYTES] + place
+
     def placed(self, place: bytes) -> "Record":
         """The same at another place. That is not sealed: whoever changes only that need not seal the rest anew."""
         return Record(self.raw[:-PLACE_BYTES] + place, self.header, self.data, self._values)

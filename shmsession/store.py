@@ -292,6 +292,9 @@ class SessionStore(UserSessions):
 
     def wrote(self) -> None:
         """See `Committer.wrote`."""
+        behind = self._behind
+        if behind is not None and behind.flushes and behind.pid == os.getpid():  # as nearly always; spares three calls
+            return
         if self.is_persistent:
             self.behind.see_to_it()
 

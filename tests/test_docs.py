@@ -60,9 +60,9 @@ PACKAGE: Final = Path(shmsession.__file__).parent
 
 # Public for the sake of the middleware and of the session; no application has a use for them.
 STORE_INTERNALS: Final = {
-    "behind", "changes", "clock", "commit", "commit_failed", "hooks", "issued", "keyring", "kill", "live", "max_size",
-    "mode", "new_id", "note_scheme", "prefetch", "refill", "request_session", "resolve", "save", "swap", "withdrawn",
-    "writes_through", "wrote",
+    "behind", "changes", "clock", "commit", "commit_failed", "fetch", "hooks", "issued", "keyring", "kill", "live",
+    "look_ahead", "max_size", "mode", "new_id", "note_scheme", "refill", "request_session", "resolve", "save", "swap",
+    "withdrawn", "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
     "asked_by", "assign", "assigned", "begin_anew", "catch_up", "choice", "committed", "discard", "drops_cookie",

@@ -40,7 +40,7 @@ from .building import (
 )
 from .counters import Counters
 from .generations import Generations
-from .tables import NAMES, Tables, Txn, last_place, number, sequence_after, sequence_key, sequence_moment
+from .tables import NAMES, SEQUENCE_BITS, Tables, Txn, last_place, number, sequence_after, sequence_key
 
 T = TypeVar("T")
 
@@ -245,7 +245,7 @@ class Environment:
         """
         words = (self._opened or self.open()).words
         last: int = words[LAST_PLACE]
-        if not last or sequence_moment(last) > now + LEAP_MS:  # or it was lost, or damaged
+        if not 0 < last < (now + LEAP_MS) << SEQUENCE_BITS:  # or it was lost, or damaged
             last = last_place(txn, tables, now)
         sequence = sequence_after(last, now)
         while not txn.put(place := sequence_key(sequence), handle, db=tables.outbox, overwrite=False):

@@ -14,7 +14,7 @@ TOMBSTONE_CLASS: Final = 2
 _EXPIRY = struct.Struct(">BQ20s")
 EXPIRY_ROW_BYTES: Final = _EXPIRY.size
 _SEQUENCE = struct.Struct(">Q")
-_SEQUENCE_BITS: Final = 20
+SEQUENCE_BITS: Final = 20
 YEAR_MS: Final = 366 * 86_400_000
 _CLOCK = struct.Struct(">qQ")
 
@@ -84,7 +84,7 @@ def number(stored: bytes | None) -> int:
 
 def sequence_after(last: int, now: int) -> int:
     """The next number of the outbox. It tells when it was given, as far as the wall clock went forward."""
-    first = now << _SEQUENCE_BITS
+    first = now << SEQUENCE_BITS
     return first if first > last else last + 1
 
 
@@ -102,7 +102,7 @@ def last_place(txn: Txn, tables: Tables, now: int) -> int:
 
 def sequence_moment(sequence: int) -> int:
     """When a number of the outbox was given, in wall-clock milliseconds."""
-    return sequence >> _SEQUENCE_BITS
+    return sequence >> SEQUENCE_BITS
 
 
 def clock_row(offset: int, until: int) -> bytes:

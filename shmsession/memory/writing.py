@@ -191,7 +191,7 @@ class Writer:
         reindex(txn, tables, handle, record.header, renumbered.header)
 
     def _dirtied(self, txn: Txn, tables: Tables, handle: bytes, record: Record, was: int = 0) -> Record:
-        """The record with a place in the outbox, when there is a backend that must hear of it and it has none yet.
+        """The draft with a place in the outbox, when there is a backend that must hear of it and it has none yet.
 
         `was`: the flags before. One that is no longer storable must be heard of as well, and its death.
         """
@@ -199,5 +199,5 @@ class Writer:
         told_of = STORABLE | WITHDRAWN if flags & TOMBSTONE else STORABLE
         if not self._backend or not (flags | was) & told_of or waits(txn, tables, handle, record.raw):
             return record
-        place = self._environment.take_place(txn, tables, handle, self._clock.now())
-        return self._drafts.placed(handle, record, place)
+        record.move_to(self._environment.take_place(txn, tables, handle, self._clock.now()))
+        return record
