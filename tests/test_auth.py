@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -21,12 +22,20 @@ from werkzeug.test import Client
 from shmsession import SessionMode, SessionStore, asgi
 from shmsession.auth import Auth, AuthConfig, AuthSession, LoginStatus, Rights, SyncAuthSession
 from shmsession.codec import encode
-from shmsession.errors import ConfigError, NoSessionError, NotCreated, ReadOnlySession, ResponseStarted, TooManySessions
+from shmsession.errors import (
+    BackendUnavailable,
+    ConfigError,
+    NoSessionError,
+    NotCreated,
+    ReadOnlySession,
+    ResponseStarted,
+    TooManySessions,
+)
 from shmsession.hooks import Event, Hooks, LoggedIn, LoggedOut, LoginRefused
 from shmsession.ids import tag_of
 from shmsession.memory.tables import Tables, Txn
 from shmsession.session import Session
-from shmsession.testing import ManualClock, make_store
+from shmsession.testing import ManualClock, login_cookie, make_store
 from tests.auth_site import SITES, User, Users
 from tests.memory import in_child
 
@@ -153,6 +162,67 @@ def test_a_user_that_is_not_there_or_not_active_cannot_log_in(site: Site) -> Non
         assert visitor.get("/me")["user"] is None
         assert visitor.cookie is None
     assert site.events == [LoginRefused("", hashed("bob")), LoginRefused("", hashed("eve"))]
+
+
+@pytest.fixture(params=["end_oldest", "refuse"])
+def limited(request: pytest.FixtureRequest, place: Path) -> Iterator[SessionStore]:
+    """A store that lets a user have two sessions, and that has lost its memory of them: only its database has them."""
+    settings = {"max_sessions_per_user": 2, "too_many_sessions": request.param}
+    config = make_store(place / "sessions", **settings).config
+    with SessionStore(f"sqlite:///{place}/sessions.db", config=config) as store:
+        for _ in range(2):
+            login_cookie(store, user_id="ada")
+        assert store.sync.flush()
+        store.close()
+        shutil.rmtree(store.path)
+        yield store
+
+
+def enter(store: SessionStore, protocol: str, load_user: Callable[[str], Any] = str) -> bool:
+    """Whether ada could log in, in a request that is committed."""
+    auth, request = Auth(store, load_user), at(store.session())
+
+    async def enter_async() -> bool:
+        return await (await auth.load(request)).login("ada")
+
+    entered = asyncio.run(enter_async()) if protocol == "asgi" else auth.sync.load(request).login("ada")
+    try:
+        request["session"].save()
+    except TooManySessions:
+        assert not auth.sync.load(request).is_authenticated, "and the rest of the request knows"
+        return False
+    return entered
+
+
+def test_a_limit_counts_sessions_that_only_the_database_has(limited: SessionStore, protocol: str) -> None:
+    refuses = limited.config.too_many_sessions == "refuse"
+    assert enter(limited, protocol) is not refuses
+    assert len(limited.sync.sessions("ada")) == 2
+
+
+def test_while_the_database_is_down_a_limit_counts_what_memory_has(
+    limited: SessionStore, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise BackendUnavailable("down")
+
+    for question in ("sessions_of", "write"):
+        monkeypatch.setattr(limited._backend, question, fail)
+    errors = limited.memory.environment.counters.totals()["load_errors"]
+    assert [enter(limited, protocol), enter(limited, protocol)] == [True, True]
+    assert limited.memory.environment.counters.totals()["load_errors"] == errors + 2
+    assert enter(limited, protocol) is (limited.config.too_many_sessions == "end_oldest")
+
+
+def test_a_login_asks_no_database_where_there_is_no_limit(
+    place: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_store(place / "sessions").config
+    with SessionStore(f"sqlite:///{place}/sessions.db", config=config) as store:
+        asked: list[object] = []
+        monkeypatch.setattr(type(store.sync), "recall_user", lambda _, user_id: asked.append(user_id))
+        assert enter(store, protocol)
+        assert asked == []
 
 
 @pytest.mark.parametrize("users", [(), (replace(ADA, is_active=False),)], ids=["deleted", "inactive"])

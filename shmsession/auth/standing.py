@@ -1,11 +1,12 @@
 """A request's user: who it is, and the verbs that change it. For async code, and for code that blocks."""
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 from shmsession.codec import decode, encode
-from shmsession.errors import NotCreated, ResponseStarted
+from shmsession.errors import NotCreated, ResponseStarted, StoreError
 from shmsession.hooks import LoggedOut, LoginRefused
 from shmsession.ids import new_id, tag_of
 from shmsession.memory.store import Missing
@@ -119,10 +120,18 @@ class Standing(Generic[UserT]):
             return False
         if session.encoded_user not in (None, encoded):
             session.clear()  # what belongs to one user is not shown to the next
+        await self._recall(user_id)
         session.renew(user_id=user_id)
         session.edits.asked = asked  # whoever revoked all sessions of the user meanwhile meant this one too
         session.set_longterm(remember)
         return self.stand(encoded, user)
+
+    async def _recall(self, user_id: Any) -> None:
+        """Let `max_sessions_per_user` count what only the backend has, too."""
+        store = self.users.store
+        if store.is_persistent and store.config.max_sessions_per_user is not None:
+            with suppress(StoreError):  # a login needs no database: without one, memory is what counts
+                await self.way.call(store.sync.recall_user, user_id)
 
     async def _logout(self) -> None:
         session = self.session
