@@ -463,6 +463,21 @@ def test_a_login_too_many_ends_the_oldest(place: Path, clock: ManualClock) -> No
         assert [one.handle for one in store.sync.sessions("ada")] == [fourth.handle], "what has expired is not counted"
 
 
+def test_sessions_under_a_key_that_is_gone_are_counted_and_shut_nobody_out(place: Path, clock: ManualClock) -> None:
+    """Their user could not log in any more until the last of them has expired."""
+    with make_store(place, clock=clock) as before:
+        for _ in range(2):
+            login(before)
+            clock.advance(1)
+    refusing = make_store(place, clock=clock, max_sessions_per_user=2, too_many_sessions="refuse")
+    with refusing, pytest.raises(TooManySessions):
+        login(refusing)
+    with make_store(place, clock=clock, max_sessions_per_user=2) as store:
+        first, second = login(store), login(store)
+        assert {one.handle for one in store.sync.sessions("ada")} == {first.handle, second.handle}
+        assert store.count() == 2
+
+
 def test_a_login_too_many_may_be_refused(place: Path, clock: ManualClock) -> None:
     """Its request can say so, with a page that uses the session; and log in once another has ended."""
     with make_store(place, clock=clock, max_sessions_per_user=1, too_many_sessions="refuse") as store:
@@ -666,6 +681,19 @@ def test_what_only_the_backend_has_ends_by_its_handle(kept: SessionStore, monkey
         assert not again(kept, sessions[2]).exists
     lose_memory(kept)
     assert not any(again(kept, session).exists for session in sessions)
+
+
+def test_who_revokes_the_handle_of_a_watermark_keeps_nobody_from_logging_in(
+    kept: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can compute it; while the backend cannot say that it is no session, a tombstone is put there."""
+    session = login(kept)
+    with monkeypatch.context() as patch:
+        broken(kept, patch)
+        kept.sync.revoke(watermark_of(encode("ada")).hex())
+    assert login(kept).user_id == "ada"
+    assert kept.sync.revoke_user("ada") == 2
+    assert not again(kept, session).exists
 
 
 @pytest.mark.parametrize("works", [True, False], ids=["up", "in trouble"])

@@ -11,7 +11,17 @@ from typing import Final, NamedTuple, Protocol
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull, TooManySessions, Unreadable
 from shmsession.ids import tag_of, watermark_of
-from shmsession.record import NO_TAG, PLACE_BYTES, RENEWED, TOMBSTONE, USER_KEY, Header, Record, unpack_header
+from shmsession.record import (
+    NO_TAG,
+    PLACE_BYTES,
+    RENEWED,
+    TOMBSTONE,
+    USER_KEY,
+    WATERMARK,
+    Header,
+    Record,
+    unpack_header,
+)
 from shmsession.watermark import Watermark, auth_time
 
 from .drafting import Drafts
@@ -169,7 +179,11 @@ class Users:
         handle = watermark_of(user)
         raw: bytes = txn.get(handle, b"", db=tables.records)  # type: ignore[assignment]
         record = self._seal.open(handle, raw) if raw else None
-        return None if record is None else Watermark.of(record)
+        if (
+            record is None or not record.header.flags & WATERMARK
+        ):  # somebody may have revoked it as if it were a session
+            return None
+        return Watermark.of(record)
 
     def has_revoked(self, record: Record) -> bool:
         """Whether a watermark says that this session, which may not be here any more, has ended."""
@@ -203,7 +217,7 @@ class Users:
     def _make_way(
         self, txn: Txn, tables: Tables, user: bytes, limit: int, entry: Entry, leaves: bytes, now: int
     ) -> None:
-        held = [one for one in self._held(txn, tables, user, now) if one.handle != leaves]
+        held = [one for one in self._held(txn, tables, user, now, sealed=True) if one.handle != leaves]
         excess = len(held) + 1 - limit
         entry.ended = []
         if excess <= 0:
@@ -220,11 +234,17 @@ class Users:
             if handle in entry.ended:
                 self._writer.bury(txn, tables, handle, record.header, record.place, now, boot)
 
-    def _held(self, txn: Txn, tables: Tables, user: bytes, now: int) -> list[Held]:
+    def _held(self, txn: Txn, tables: Tables, user: bytes, now: int, *, sealed: bool = False) -> list[Held]:
+        """`sealed`: with those that others have sealed, as if they held nothing; else they raise Unreadable."""
         found = []
         for handle in _handles(txn, tables, tag_of(user)):
             raw: bytes = txn.get(handle, b"", db=tables.records)  # type: ignore[assignment]
-            record = self._seal.open(handle, raw)
+            try:
+                record = self._seal.open(handle, raw)
+            except Unreadable:
+                if not sealed:
+                    raise
+                record = Record(raw, unpack_header(raw), b"", {USER_KEY: user})  # as the tag says
             if record is not None and _is_live(record, user, now):
                 found.append(Held(handle, record))
         return found
@@ -247,4 +267,5 @@ def _is_live(record: Record, user: bytes, now: int) -> bool:
 
 
 def _login_order(one: Held) -> tuple[int, int, bytes]:
-    return auth_time(one.record.split()), one.record.header.created, one.handle
+    created = one.record.header.created
+    return auth_time(one.record.split()) or created, created, one.handle
