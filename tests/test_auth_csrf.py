@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -36,6 +37,13 @@ def me_of(auth: Auth[str], session: Session) -> SyncAuthSession[str]:
     return auth.sync.load({"type": "http", "method": "GET", "headers": [], "session": session})
 
 
+def logged_in(store: SessionStore) -> Session:
+    session = store.session()
+    session.renew(user_id="ada")
+    session.save()
+    return session
+
+
 def test_tokens_differ_each_time_and_all_of_them_are_the_sessions(auth: Auth[str], store: SessionStore) -> None:
     me, other = me_of(auth, store.session()), me_of(auth, store.session())
     tokens = {me.csrf_token for _ in range(10)}
@@ -44,6 +52,13 @@ def test_tokens_differ_each_time_and_all_of_them_are_the_sessions(auth: Auth[str
     assert not any(other.check_csrf(token) for token in tokens)
     assert not me.check_csrf(other.csrf_token)
     assert not any(me.check_csrf(wrong) for wrong in (None, "", "x", "x" * 86, "ü" * 86))
+
+
+@pytest.mark.parametrize("sent", [7, True, ["x" * 86], {}, b"x" * 86], ids=repr)
+def test_what_a_client_sends_as_json_is_no_token_unless_it_is_a_text(
+    auth: Auth[str], store: SessionStore, sent: Any
+) -> None:
+    assert not me_of(auth, logged_in(store)).check_csrf(sent)
 
 
 @given(token=st.text(), changed=st.integers(0, 85))
@@ -229,6 +244,30 @@ def test_sync_views_of_starlette_take_the_token_from_the_header(auth: Auth[str])
     token = client.get("/").text
     assert client.post("/sync", data={"csrf_token": token}).status_code == 403
     assert client.post("/sync", headers={"X-CSRF-Token": token}).status_code == 200
+
+
+def test_a_form_that_the_framework_has_read_already_is_asked_for_the_token(
+    auth: Auth[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI reads the form before the dependencies, for the view's Form() parameters; then the body is gone."""
+
+    async def read(request: Request) -> None:
+        fields = dict(part.split("=") for part in "".join([c.decode() async for c in request.stream()]).split("&"))
+        monkeypatch.setattr(request, "_form", FormData(fields))
+
+    async def view(request: Request) -> PlainTextResponse:
+        if request.method == "POST":
+            await read(request)
+        me = await auth.requires(login=False, csrf=True).check(request)
+        return PlainTextResponse(me.csrf_token)
+
+    app = Starlette(routes=[Route("/", view, methods=["GET", "POST"])])
+    app.add_middleware(asgi.SessionMiddleware, store=auth.store)
+    client = TestClient(app)
+    token = client.get("/").text
+    assert client.post("/", data={"csrf_token": token, "name": "ada"}).status_code == 200
+    assert client.post("/", data={"csrf_token": token[:-4], "name": "ada"}).status_code == 403
+    assert client.post("/", data={"name": "ada"}).status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,13 @@ async def token_awaited(request: Any) -> str | None:
     token = token_in(request)
     read: Callable[[], Any] | None = getattr(request, "body", None)
     if token is None and callable(read) and (header_of(request, "content-type") or "").startswith(_URLENCODED):
+        try:
+            body: bytes = await read()
+        except RuntimeError:  # FastAPI has read the form, for the view's own parameters
+            found: Any = (await request.form()).get(FIELD)
+            return found  # type: ignore[no-any-return]
         with suppress(ValueError):  # so many fields no form has
-            token = parse_qs((await read()).decode("latin-1"), max_num_fields=_MANY).get(FIELD, [None])[-1]
+            token = parse_qs(body.decode("latin-1"), max_num_fields=_MANY).get(FIELD, [None])[-1]
     return token
 
 
