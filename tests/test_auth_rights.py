@@ -1,7 +1,7 @@
 """Rights, and what asks for them: decorators, dependencies, calls."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,6 +115,33 @@ def test_a_user_that_cannot_say_is_an_error_that_says_what_to_write(store: Sessi
     me = Auth(store, lambda _: "ada").sync.load(request_of(logged_in(store, "ada")))
     with pytest.raises(TypeError, match=r"a str cannot say .* has\(permission\)"):
         me.has(READ)
+
+
+class Unclear:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def has(self, permission: str) -> Any:
+        return self.answer
+
+
+async def never_asked() -> AsyncIterator[bool]:
+    yield False
+
+
+@pytest.mark.parametrize("answer", [never_asked(), "no", None, [], lambda: False], ids=repr)
+def test_a_user_that_does_not_answer_yes_or_no_may_do_nothing(store: SessionStore, answer: Any) -> None:
+    """Whatever was meant: much of what is not False counts as true."""
+    me = Auth(store, lambda _: Unclear(answer)).sync.load(request_of(logged_in(store, "ada")))
+    for rights in (READ, Rights.none(READ)):
+        with pytest.raises(TypeError, match=r"has\(\) of a Unclear returned a .*: let it return a bool"):
+            me.has(rights)
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_what_databases_have_in_place_of_a_bool_is_an_answer(store: SessionStore, answer: int) -> None:
+    me = Auth(store, lambda _: Unclear(answer)).sync.load(request_of(logged_in(store, "ada")))
+    assert me.has(READ) is bool(answer)
 
 
 def test_validate_says_whether_a_user_may_by_a_method(store: SessionStore, auth: Auth[Asked]) -> None:

@@ -53,7 +53,12 @@ class _Permission(Rights):
                 "that returns a bool"
             )
         held = has(self.name)
-        return held if held is True or held is False else bool(await way.settle(held))
+        if held is True or held is False:
+            return held
+        held = await way.settle(held)
+        if isinstance(held, int):  # bool, and what databases have in its place
+            return bool(held)
+        raise TypeError(f"has() of a {type(user).__name__} returned a {type(held).__name__}: let it return a bool")
 
 
 @dataclass(frozen=True, slots=True)
