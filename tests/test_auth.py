@@ -65,6 +65,13 @@ class Site:
         return Visitor(self)
 
 
+def logged_in(store: SessionStore, user_id: str) -> Session:
+    session = store.session()
+    session.renew(user_id=user_id)
+    session.save()
+    return session
+
+
 class Visitor:
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -279,6 +286,37 @@ def test_the_anonymous_user_stands_for_visitors_and_is_never_logged_in(site: Sit
     site.users.write(ADA, User("guest"))
     token = visitor.get("/form")["token"]
     assert visitor.post("/logout", X_CSRF_Token=token).items() >= guest.items()
+
+
+def test_a_session_that_was_given_the_anonymous_user_is_nobodys(store: SessionStore) -> None:
+    """By renew(), or before that user was the anonymous one."""
+    session = logged_in(store, "guest")
+    me = Auth(store, str, config=AuthConfig(anonymous_user_id="guest")).sync.load({"session": session})
+    assert (me.current_user, me.user_id, me.is_authenticated, me.is_anonymous) == ("guest", None, False, True)
+
+
+def test_a_user_of_another_store_is_not_taken_for_one_of_the_same_id(store: SessionStore, place: Path) -> None:
+    """But two objects may be the same sessions."""
+    other = make_store(place / "other")
+    with pytest.raises(NoSessionError, match="none of <SessionStore 'test'>"):
+        Auth(store, str).sync.load({"session": logged_in(other, "ada")})
+    with pytest.raises(NoSessionError):
+        asyncio.run(Auth(store, str).load({"session": other.session()}))
+    other.close()
+    twin = SessionStore("none", config=store.config, clock=store.clock)
+    assert Auth(store, str).sync.load({"session": logged_in(twin, "ada")}).user_id == "ada"
+    twin.close()
+
+
+def test_whoever_logs_out_is_nobody_for_the_rest_of_the_request_also_when_another_was_faster(
+    store: SessionStore,
+) -> None:
+    auth, session = Auth(store, str), logged_in(store, "ada")
+    request = {"session": store.session(session.id)}
+    me = auth.sync.load(request)
+    session.destroy()
+    me.logout()
+    assert auth.sync.load(request).user_id is request["session"].user_id is None
 
 
 class AsyncLoader:

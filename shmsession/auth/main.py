@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Final, Generic, TypeVar, overload
 
 from shmsession.codec import encode
-from shmsession.session import find_session
+from shmsession.errors import NoSessionError
+from shmsession.session import Port, find_session
 from shmsession.store import SessionStore
 
 from .calling import run
@@ -95,6 +96,11 @@ async def _load(kind: type[StandingT], users: Users[Any], request: Any) -> Stand
     """Kept in the scope or environ, not in the session: each would keep the other alive until the garbage collector
     finds them."""
     holder, session = find_session(request)
+    if session.port is not users.store and not _are_one(session.port, users.store):
+        raise NoSessionError(
+            f"this session is none of {users.store!r}, which this Auth was made with: give both the same store, and "
+            "where there are two load each user below the SessionMiddleware of its own"
+        )
     encoded = session.encoded_user
     me = holder.get(KEY)
     if type(me) is kind and me.users is users and me.encoded == encoded:
@@ -105,3 +111,8 @@ async def _load(kind: type[StandingT], users: Users[Any], request: Any) -> Stand
         await me.find(encoded)
     holder[KEY] = me
     return me
+
+
+def _are_one(port: Port, store: SessionStore) -> bool:
+    """Whether they are the same sessions: else users of one application would be taken for those of another."""
+    return isinstance(port, SessionStore) and port.memory.environment is store.memory.environment

@@ -78,7 +78,7 @@ class Standing(Generic[UserT]):
     def stand(self, encoded: bytes | None, user: UserT | None) -> bool:
         """Take `user` for who is logged in, if it may be; whether it may."""
         self.encoded = encoded
-        self.is_authenticated = user is not None and stands(user)
+        self.is_authenticated = user is not None and encoded != self.users.anonymous and stands(user)
         self.current_user = user if self.is_authenticated else None
         return self.is_authenticated
 
@@ -206,7 +206,7 @@ class Standing(Generic[UserT]):
     def check_csrf(self, token: str | None) -> bool:
         """Whether this came from a page of this session (`csrf_token`)."""
         session_id = self.session.id
-        return token is not None and session_id is not None and csrf.belongs(token, session_id)
+        return isinstance(token, str) and session_id is not None and csrf.belongs(token, session_id)
 
 
 class AuthSession(Standing[UserT]):
