@@ -386,6 +386,29 @@ def test_they_end_in_a_store_that_is_full(place: Path) -> None:
         assert isinstance(store.load(handle(7), clock.now()), Record)
 
 
+@pytest.mark.parametrize("whose", ["users who have none here", "sessions that nobody knows"])
+def test_no_number_of_revocations_keeps_others_from_being_removed(place: Path, whose: str) -> None:
+    """A store with no page left for it could never remove anything again, nor log anybody out."""
+    clock = ManualClock()
+    changes = Changes(set={USER_KEY: encode("ada"), "v": encode(bytes(500))})
+    with closing(memory_store(place, clock, backend=whose.startswith("sessions"))) as store:
+        made = revoked = 0
+        with contextlib.suppress(StoreFull):
+            while store.create(handle(made), changes, clock.now()):
+                made += 1
+        with contextlib.suppress(StoreFull):
+            while revoked < 5_000:
+                if whose.startswith("users"):
+                    store.users.revoke(encode(revoked))
+                else:
+                    store.destroy(handle(100_000 + revoked), clock.now())
+                revoked += 1
+        assert 100 < revoked < 5_000
+        assert store.destroy(handle(3), clock.now()) == handle(3)
+        assert len(store.users.revoke(encode("ada"))) == made - 1
+        check_tables(store)
+
+
 def test_what_another_generation_has_sealed_ends_by_its_tag(place: Path, clock: ManualClock) -> None:
     """It is the user's, or of somebody among 2**64; but not when it came after the revocation."""
     old, new = Key.generate(), Key.generate()

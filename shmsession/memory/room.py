@@ -14,8 +14,10 @@ QUIET_MS: Final = 60_000
 
 NEW_ANONYMOUS: Final = 60
 NEW_LOGGED_IN: Final = 80
+UNKNOWN: Final = 85
 UPDATE: Final = 90
-"""Per cent of the map's pages up to which each kind of write is let in; tombstones always are."""
+"""Per cent of the map's pages up to which each kind of write is let in. UNKNOWN: what ends a session, or all of a user,
+of which nothing is here. Tombstones of those that are here are always let in."""
 
 RESERVED: Final = 5
 """The last points below each limit are for those for whom others had to go. Records have random handles: removing

@@ -340,7 +340,7 @@ class MemoryStore:
         """Replace the record by a tombstone and return its handle; None when there was none, nor can a backend have it.
 
         Works when full. A session that only got a new id meanwhile is destroyed under that; one that was logged in is
-        another's. One that was evicted gets a tombstone too: a fill may be on its way.
+        another's. One that was evicted gets a tombstone too, for a fill may be on its way; that may raise StoreFull.
         """
         boot = self._clock.boot()
         done: bytes | None = None
@@ -354,6 +354,8 @@ class MemoryStore:
                 if self.environment.redoing and done == target and found is not None and found.header.flags & TOMBSTONE:
                     return done
                 if found is None or not found.header.flags & TOMBSTONE:
+                    if raw is None:  # anybody may make up handles while the backend is down
+                        self._writer.admit(txn, tables, room.UNKNOWN, 0)
                     last = found or self._unseen(target, now, boot)
                     self._writer.bury(txn, tables, target, last.header, last.place, now, boot)
                     done = target if raw is not None or self._backend else None

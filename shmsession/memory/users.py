@@ -24,6 +24,7 @@ from shmsession.record import (
 )
 from shmsession.watermark import Watermark, auth_time
 
+from . import room
 from .drafting import Drafts
 from .environment import Environment
 from .seal import RecordSeal
@@ -90,7 +91,8 @@ class Users:
     def revoke(self, user: bytes, keep: bytes | None = None) -> list[bytes]:
         """End all sessions of an encoded user id but `keep`, for good; returns the handles of those that were here.
 
-        Works when full. Who dies before the last of many leaves the rest to whoever meets the watermark.
+        Works when full, unless none are here: then it may raise StoreFull. Who dies before the last of many leaves the
+        rest to whoever meets the watermark.
         """
         now, boot = self._clock.now(), self._clock.boot()
 
@@ -100,8 +102,11 @@ class Users:
                 known = self.watermark(txn, tables, user)
             mark = Watermark(user, max(now, known.moment + 1 if known else 0), boot)  # above the logins since that one
             kept = None if keep is None else self._spare(txn, tables, keep, mark, now)
+            handles = _handles(txn, tables, tag_of(user))
+            if not handles and known is None:  # it is one more record, and the last pages are for removing some
+                self._writer.admit(txn, tables, room.UNKNOWN, 0)
             self._writer.mark(txn, tables, mark, now)
-            return [handle for handle in _handles(txn, tables, tag_of(user)) if handle != kept]
+            return [handle for handle in handles if handle != kept]
 
         def is_theirs(record: Record | None) -> bool:
             return record is None or record.split().get(USER_KEY) == user
@@ -179,9 +184,7 @@ class Users:
         handle = watermark_of(user)
         raw: bytes = txn.get(handle, b"", db=tables.records)  # type: ignore[assignment]
         record = self._seal.open(handle, raw) if raw else None
-        if (
-            record is None or not record.header.flags & WATERMARK
-        ):  # somebody may have revoked it as if it were a session
+        if record is None or not record.header.flags & WATERMARK:  # it was revoked as if it were a session
             return None
         return Watermark.of(record)
 
