@@ -139,6 +139,23 @@ def test_a_slow_page_of_a_session_with_a_new_id_takes_nobodys_cookie(auth: Auth[
     assert store.commit(visit).set_cookie is None
 
 
+@pytest.mark.parametrize("does", ["login", "renew"])
+def test_a_page_whose_session_ends_meanwhile_is_a_page_with_a_token_that_is_good_for_nothing(
+    auth: Auth[str], store: SessionStore, does: str
+) -> None:
+    session = store.session() if does == "login" else store.session(logged_in(store).id)
+    me = me_of(auth, session)
+    if does == "login":
+        me.login("ada")
+    else:
+        session.renew()
+    store.clock.advance(1)  # type: ignore[attr-defined]
+    store.sync.revoke_user("ada")
+    assert not me.check_csrf(me.csrf_token)
+    assert store.commit(session).set_cookie is None
+    assert store.sync.sessions("ada") == []
+
+
 @pytest.mark.parametrize("user", [None, "ada"])
 def test_a_page_after_a_logout_by_clear_has_a_token_of_the_session_that_follows(
     auth: Auth[str], store: SessionStore, user: str | None

@@ -129,7 +129,7 @@ async def never_asked() -> AsyncIterator[bool]:
     yield False
 
 
-@pytest.mark.parametrize("answer", [never_asked(), "no", None, [], lambda: False], ids=repr)
+@pytest.mark.parametrize("answer", [never_asked(), "no", None, [], lambda: False], ids=lambda one: type(one).__name__)
 def test_a_user_that_does_not_answer_yes_or_no_may_do_nothing(store: SessionStore, answer: Any) -> None:
     """Whatever was meant: much of what is not False counts as true."""
     me = Auth(store, lambda _: Unclear(answer)).sync.load(request_of(logged_in(store, "ada")))

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 from shmsession.codec import decode, encode
-from shmsession.errors import NotCreated, ResponseStarted, StoreError
+from shmsession.errors import NotCreated, ResponseStarted, SessionGone, StoreError
 from shmsession.hooks import LoggedOut, LoginRefused
 from shmsession.ids import new_id, tag_of
 from shmsession.memory.store import Missing
@@ -184,13 +184,16 @@ class Standing(Generic[UserT]):
             session.destroy()
         if session.is_new and session.gone:
             if self._was_renewed():
-                return csrf.token_for(new_id())  # good for nothing: no cookie of ours may overtake the login's
+                return _worthless()  # no cookie of ours may overtake the login's
             session.begin_anew()
         if session.is_new:
             session.edit()
             session.create()
         if session.is_new or session.edits.renew:
-            session.save()
+            try:
+                session.save()
+            except SessionGone:  # what the page changed is dropped, as without a form in it
+                return _worthless()
         if session.id is None:
             raise NotCreated(
                 "there is no session that a CSRF token could belong to, for the visitor has not agreed to be "
@@ -264,3 +267,8 @@ class SyncAuthSession(Standing[UserT]):
     def status(self) -> LoginStatus:
         """See `AuthSession.status`."""
         return run(self._status())
+
+
+def _worthless() -> str:
+    """A CSRF token of no session."""
+    return csrf.token_for(new_id())
