@@ -232,10 +232,9 @@ class Users:
                 'log in again; or let the oldest end by itself: SessionConfig(too_many_sessions="end_oldest")'
             )
         boot = self._clock.boot()
-        entry.ended = [one.handle for one in sorted(held, key=_login_order)[:excess]]
-        for handle, record in held:
-            if handle in entry.ended:
-                self._writer.bury(txn, tables, handle, record.header, record.place, now, boot)
+        for handle, record in sorted(held, key=_login_order)[:excess]:
+            self._writer.bury(txn, tables, handle, record.header, record.place, now, boot)
+            entry.ended.append(handle)
 
     def _held(self, txn: Txn, tables: Tables, user: bytes, now: int, *, sealed: bool = False) -> list[Held]:
         """`sealed`: with those that others have sealed, as if they held nothing; else they raise Unreadable."""
