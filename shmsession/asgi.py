@@ -20,7 +20,7 @@ from .headers import (
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
-from .transport import Presented
+from .transport import Presented, Transport
 
 logger = logging.getLogger("shmsession")
 
@@ -60,16 +60,16 @@ class SessionMiddleware:
             held.readonly = held.readonly or readonly
             await self.app(scope, receive, send)
             return
-        asked_by = partial(_presented, self.store, scope["headers"], scope.get("client"))
-        credential: Any = asked_by
-        if self.store.transport.is_simple:
-            credential = partial(_cookie_header, scope["headers"])
+        carried = partial(_carried, scope["headers"], scope.get("client"))
+        credential: Any = carried
+        if not self.store.transport.is_simple:
+            credential = partial(carried, self.store.transport)
         if self.store.is_persistent:
             credential = self.store.look_ahead(credential)
             if type(credential) is Wanted:
                 credential = await self.store.fetch(credential)
         session = self.store.request_session(credential, readonly=readonly)
-        session.asked_by = asked_by
+        session.carried = carried
         scope["session"] = scope[ENVIRON_KEY] = session
         if kind == "websocket":
             await self._websocket(session, scope, receive, send)
@@ -220,9 +220,14 @@ def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes | No
     return b",".join(found) if found else None
 
 
-def _presented(store: SessionStore, headers: Iterable[tuple[bytes, bytes]], client: Any) -> Presented:
-    """What a request carries. `client`: where the connection came from; None for one by a unix socket."""
-    return store.transport.presented(partial(_header, headers), str(client[0]) if client else "")
+def _carried(
+    headers: Iterable[tuple[bytes, bytes]], client: Any, transport: Transport | None = None
+) -> bytes | Presented:
+    """A request's Cookie header, or all that a transport may look at. `client`: where the connection came from; None
+    for one by a unix socket."""
+    if transport is None:
+        return _cookie_header(headers)
+    return transport.presented(partial(_header, headers), str(client[0]) if client else "")
 
 
 def _with_headers(message: Message, outcome: Outcome, scope: Scope, store: SessionStore) -> Message:

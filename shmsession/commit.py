@@ -290,9 +290,9 @@ class Committer(ABC):
 
     def _with_device(self, session: Session, changes: Changes) -> Changes:
         """The same with what is known of the client of a login, if the session has room for it."""
-        if session.asked_by is None or not self.config.record_device:
+        if session.carried is None or not self.config.record_device:
             return changes
-        device = encode(self.transport.device(session.asked_by()))
+        device = encode(self.transport.device(session.carried(self.transport)))
         if session.edits.size + len(session.encoded_user or b"") + len(device) + LOGIN_BYTES > self.max_size:
             return changes
         return _with(changes, DEVICE_KEY, device)

@@ -99,8 +99,8 @@ class Session(Flashes):
     _chosen: bool | None = None
     kept_choice: bool | None = None
     """What of that stays though the request fails: a "no", and a "yes" that was committed with a session."""
-    asked_by: Callable[[], Any] | None = None
-    """What the request tells of its client, for the transport; asked when somebody logs in."""
+    carried: Callable[[Any], Any] | None = None
+    """Gives the store's transport what it may look at of the request; asked when somebody logs in."""
     _presented = _stale_cookie = False
     _ending: Ending | None = None
 

@@ -20,7 +20,7 @@ from .headers import (
 from .paths import Rule, matcher
 from .session import ENVIRON_KEY, Session
 from .store import SessionStore
-from .transport import Presented
+from .transport import Presented, Transport
 
 logger = logging.getLogger("shmsession")
 
@@ -58,15 +58,14 @@ class SessionMiddleware:
         if held is not None and held.port is self.store:  # a middleware further out has it in hand
             held.readonly = held.readonly or readonly
             return self.app(environ, start_response)
-        credential: Any = partial(_cookie_header, environ.get("HTTP_COOKIE", ""))
+        get = environ.get  # not the environ itself, of which the session is a part: that would be a circle
+        peer, agent = get("REMOTE_ADDR", ""), get("HTTP_USER_AGENT", "")
+        carried = partial(_carried, get("HTTP_COOKIE", ""), peer, get(self._proxies, ""), agent)
+        credential: Any = carried
         if not self.store.transport.is_simple:
-            credential = partial(
-                self.store.transport.presented, partial(_header, environ), environ.get("REMOTE_ADDR", "")
-            )
+            credential = partial(self.store.transport.presented, partial(_header, environ), peer)
         session = self.store.request_session(credential, readonly=readonly)
-        # Not the environ itself, of which the session is a part: that would be a circle.
-        peer, agent = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_USER_AGENT", "")
-        session.asked_by = partial(_asked_by, peer, environ.get(self._proxies, ""), agent)
+        session.carried = carried
         environ[ENVIRON_KEY] = session
         response = _Response(self.store, session, start_response, environ)
         try:
@@ -219,18 +218,20 @@ class _Response:
         return b"" if self._environ.get("REQUEST_METHOD") == "HEAD" else body
 
 
-def _cookie_header(header: str) -> bytes:
-    return header.encode("latin-1", "replace")
-
-
 def _header(environ: Environ, wanted: bytes) -> bytes | None:
     """One header by its lower-case name, as CGI has it."""
     found = environ.get("HTTP_" + wanted.decode().upper().replace("-", "_"))
     return None if found is None else found.encode("latin-1", "replace")
 
 
-def _asked_by(peer: str, forwarded: str, agent: str) -> Presented:
-    return Presented(peer=peer, forwarded=forwarded, agent=agent.encode("latin-1", "replace"))
+def _carried(
+    cookie: str, peer: str, forwarded: str, agent: str, transport: Transport | None = None
+) -> bytes | Presented:
+    """A request's Cookie header, or for a transport also what tells of the client."""
+    raw = cookie.encode("latin-1", "replace")
+    if transport is None:
+        return raw
+    return Presented(raw, peer=peer, forwarded=forwarded, agent=agent.encode("latin-1", "replace"))
 
 
 def _close(body: Iterable[bytes]) -> None:

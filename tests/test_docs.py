@@ -65,7 +65,7 @@ STORE_INTERNALS: Final = {
     "withdrawn", "writes_through", "wrote",
 }  # fmt: skip
 SESSION_INTERNALS: Final = {
-    "asked_by", "assign", "assigned", "begin_anew", "catch_up", "choice", "committed", "discard", "drops_cookie",
+    "assign", "assigned", "begin_anew", "carried", "catch_up", "choice", "committed", "discard", "drops_cookie",
     "edit", "edits", "encoded_user", "end", "follow", "headers_sent", "is_emptied", "is_pending", "is_settled",
     "kept_choice", "loaded", "max_size", "moved_to", "origin", "owes_cookie", "pending", "port", "put", "raw_handle",
     "rebase", "record", "replaced", "secret", "settle", "start", "stored", "stored_auth_time", "take", "tells_choice",
