@@ -441,6 +441,26 @@ def test_within_a_request_a_user_is_loaded_once_and_is_the_same_object(store: Se
 # ── what a login does to its session ──────────────────────────────────────────────────────────────────────────
 
 
+def test_two_sets_of_logins_in_one_request_know_their_own_users(store: SessionStore) -> None:
+    people, staff = Auth(store, lambda name: f"{name} of the people"), Auth(store, lambda name: f"{name} of the staff")
+    request = at(store.session())
+    people.sync.load(request).login("ada")
+    assert staff.sync.load(request).current_user == "ada of the staff"
+    assert people.sync.load(request).current_user == "ada of the people"
+
+
+def test_a_request_that_is_asked_for_in_both_ways_gives_each_its_own(store: SessionStore) -> None:
+    """Such as a sync dependency before an async view."""
+    auth, request = Auth(store, lambda _: ADA), at(store.session())
+    auth.sync.load(request).login("ada")
+
+    async def log_in_again() -> bool:
+        return await (await auth.load(request)).login("ada")
+
+    assert asyncio.run(log_in_again()) is True
+    assert auth.sync.load(request).login("ada") is True
+
+
 def test_a_login_and_a_second_one_give_the_session_a_new_id_and_the_old_one_is_dead(site: Site) -> None:
     visitor = site.visitor()
     visitor.post("/put/tea")
@@ -686,6 +706,7 @@ def test_the_status_of_a_user_that_is_gone_is_stale_and_without_a_memory_it_is_n
     users.clear()
     me.reload_user()
     assert (me.status(), me.current_user) == (LoginStatus.STALE, None)
+    assert not me.fresh(timedelta(hours=1)), "nobody is logged in, whenever it was"
 
 
 def test_the_status_asks_the_backend_for_a_session_that_has_left_memory(place: Path) -> None:

@@ -125,6 +125,18 @@ def test_what_is_cleared_while_it_is_loaded_is_loaded_again(store: SessionStore)
     assert request() == "ada the second"
 
 
+def test_who_is_found_to_be_gone_is_remembered_no_more(store: SessionStore) -> None:
+    users = {"ada": "Ada"}
+    auth = Auth(store, users.get)
+    session = store.session()
+    me = auth.sync.load({"type": "http", "headers": [], "session": session})
+    assert me.login("ada")
+    users.clear()
+    me.reload_user()
+    later = auth.sync.load({"type": "http", "headers": [], "session": session})
+    assert (me.is_authenticated, later.is_authenticated) == (False, False)
+
+
 def test_what_is_cleared_in_a_store_that_was_removed_stays_cleared(place: Path) -> None:
     """The next one has words of its own: none of its users is taken for one of the former."""
     store = make_store(place / "sessions")

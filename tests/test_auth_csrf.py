@@ -1,5 +1,7 @@
 """Forms that no other site can send: tokens, where they come from, and what browsers say of a request."""
 
+import asyncio
+import hmac
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from fastapi import Depends, FastAPI, Form
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -68,6 +71,17 @@ def test_what_is_no_token_is_refused_and_so_is_one_that_was_changed(token: str, 
     assert csrf.belongs(good, "id")
     spoilt = good[:changed] + ("A" if good[changed] != "A" else "B") + good[changed + 1 :]
     assert not csrf.belongs(spoilt, "id") or changed == 85  # the last character carries two bits that count for nothing
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, compared = csrf.token_for("id"), list[bool]()
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(hmac.compare_digest(one, other))
+        return compared[-1]
+
+    monkeypatch.setattr(csrf, "compare_digest", compare)
+    assert [csrf.belongs(good, "id"), csrf.belongs(good, "other")] == compared == [True, False]
 
 
 def test_a_form_begins_a_session_for_a_visitor_and_changes_none_that_is_there(
@@ -282,6 +296,21 @@ def test_a_form_that_the_framework_has_read_already_is_asked_for_the_token(auth:
     assert client.post("/", data={"csrf_token": token, "name": "ada"}).text == "ada"
     assert client.post("/", data={"csrf_token": token[:-4], "name": "ada"}).status_code == 403
     assert client.post("/", data={"name": "ada"}).status_code == 403
+
+
+def test_a_form_that_can_have_no_token_is_refused_before_its_body_is_read(auth: Auth[str], store: SessionStore) -> None:
+    async def receive() -> Any:
+        raise AssertionError("somebody reads the body")
+
+    headers = [(b"content-type", b"application/x-www-form-urlencoded")]
+    stored = store.session()
+    stored.create()
+    stored.save()
+    for session, crossing in ((store.session(), []), (stored, [(b"sec-fetch-site", b"cross-site")])):
+        scope = {"type": "http", "method": "POST", "headers": [*headers, *crossing], "session": session}
+        with pytest.raises(HTTPException) as refused:
+            asyncio.run(auth.requires(login=False, csrf=True).check(Request(scope, receive)))
+        assert refused.value.status_code == 403
 
 
 @pytest.mark.parametrize(

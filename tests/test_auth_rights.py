@@ -255,6 +255,8 @@ def test_without_a_framework_our_own_errors_are_raised(store: SessionStore, auth
     view = auth.requires(WRITE)(lambda request: "ok")
     with pytest.raises(NotLoggedIn):
         view(request_of(store.session()))
+    with pytest.raises(NotLoggedIn):
+        auth.requires(WRITE, login=False)(lambda request: "ok")(request_of(store.session()))
     with pytest.raises(Forbidden):
         view(request_of(logged_in(store, "reader")))
     assert view(request_of(logged_in(store, "writer"))) == "ok"

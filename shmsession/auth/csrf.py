@@ -5,10 +5,10 @@ the same bytes to be guessed through their compression (BREACH).
 """
 
 import binascii
-import hmac
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from hashlib import blake2b
+from hmac import compare_digest
 from typing import Final
 
 _BYTES: Final = 32
@@ -28,7 +28,7 @@ def belongs(token: str, session_id: str) -> bool:
         return False
     if len(raw) != 2 * _BYTES:
         return False
-    return hmac.compare_digest(_xor(raw[:_BYTES], raw[_BYTES:]), _secret(session_id))
+    return compare_digest(_xor(raw[:_BYTES], raw[_BYTES:]), _secret(session_id))
 
 
 def _secret(session_id: str) -> bytes:
