@@ -262,6 +262,10 @@ def test_without_a_framework_our_own_errors_are_raised(store: SessionStore, auth
     assert view(request_of(logged_in(store, "writer"))) == "ok"
     environ = {"REQUEST_METHOD": "POST", "shmsession.session": logged_in(store, "writer")}
     assert view(environ) == "ok"
+    websocket = request_of(store.session(), type="websocket", method=None)
+    assert auth.requires(methods=["GET"], login=False)(lambda request: "ok")(websocket) == "ok", (
+        "its handshake is a GET"
+    )
     for refused in (environ, {"REQUEST_METHOD": "POST", "shmsession.session": store.session()}):
         with pytest.raises(Forbidden):
             auth.requires(methods=["GET"], login=False)(lambda request: "ok")(refused)
