@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 from .clock import Clock
 from .errors import StoreError
 from .ids import watermark_of
-from .memory.store import MemoryStore, Missing, Stamp
+from .memory.snapshots import Stamp, raws_of
+from .memory.store import MemoryStore, Missing
 from .record import NEVER, STORABLE, USER_KEY, Record
 from .session import Ending, Session
 
@@ -149,7 +150,7 @@ class Watcher:
         """Wake those whose wait is over."""
         now = self._clock.now()
         since = self._stamp if now < self._soonest else None
-        self._stamp, raws = self._memory.raws(self._waiting, since)
+        self._stamp, raws = raws_of(self._memory.environment, self._waiting, since)
         if raws is None:
             return
         self._soonest = NEVER

@@ -562,7 +562,7 @@ def test_a_store_that_cannot_be_read_raises_in_every_loop(store: SessionStore, m
     async def follow() -> list[Any]:
         tasks = [asyncio.create_task(end_of(page.changes())) for page in pages]
         await waits(store)
-        monkeypatch.setattr(store.memory, "raws", fail)
+        monkeypatch.setattr(live, "raws_of", fail)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [str(error) for error in patiently(follow())] == ["broken"] * 2

@@ -17,6 +17,7 @@ from shmsession.errors import SessionTooLarge, Unreadable
 from shmsession.hooks import Event, RecordCorrupt
 from shmsession.keyring import MAC_BYTES, Key, Keyring
 from shmsession.memory.seal import TAIL_BYTES, RecordSeal
+from shmsession.memory.snapshots import raws_of
 from shmsession.memory.store import Conflict, MemoryStore, Missing
 from shmsession.memory.tables import sequence_moment
 from shmsession.record import (
@@ -149,23 +150,23 @@ def test_raws_are_of_one_snapshot_and_only_looked_for_after_a_commit(
     store: MemoryStore, place: Path, clock: ManualClock
 ) -> None:
     record = created(store, clock, v=1)
-    stamp, raws = store.raws([A, B])
+    stamp, raws = raws_of(store.environment, [A, B])
     assert raws == [record.raw, None]
-    assert store.raws([A, B], stamp) == (stamp, None)
+    assert raws_of(store.environment, [A, B], stamp) == (stamp, None)
     with closing(memory_store(place / "base", clock)) as same:
         other = same.create(B, sets(v=2), clock.now())
         assert isinstance(other, Record)
-    later, raws = store.raws([A, B], stamp)
+    later, raws = raws_of(store.environment, [A, B], stamp)
     assert (later == stamp, raws) == (False, [record.raw, other.raw])
 
 
 def test_a_rebuilt_store_has_another_stamp_whatever_it_counts(store: MemoryStore, clock: ManualClock) -> None:
     created(store, clock, v=1)
-    stamp, _ = store.raws([A])
+    stamp, _ = raws_of(store.environment, [A])
     shutil.rmtree(store.environment.path)
     store.environment.close()
     created(store, clock, v=1)
-    assert store.raws([A])[0].uuid != stamp.uuid
+    assert raws_of(store.environment, [A])[0].uuid != stamp.uuid
 
 
 @pytest.mark.parametrize("end", ["lives", "is destroyed", "is renewed", "expires", "is damaged", "was never there"])

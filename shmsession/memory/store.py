@@ -5,7 +5,6 @@ write lock and for pages.
 """
 
 from collections import deque
-from collections.abc import Collection
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -76,13 +75,6 @@ class Conflict(NamedTuple):
     record: Record
 
 
-class Stamp(NamedTuple):
-    """A state of the memory store: which incarnation of it, and the last transaction."""
-
-    uuid: bytes
-    transaction: int
-
-
 ID_IN_USE: Final = "a session got a new id that is in use: see that id_generator never gives one twice"
 
 
@@ -145,22 +137,8 @@ class MemoryStore:
             self._tell()
         return found
 
-    def raws(self, handles: Collection[bytes], since: Stamp | None = None) -> tuple[Stamp, list[bytes | None] | None]:
-        """What is stored under each of these handles, unverified, and a stamp that changes with every commit.
-
-        While the stamp is `since`, nothing has changed: then None, for a microsecond or two.
-        """
-
-        def work(txn: Txn, tables: Tables) -> tuple[Stamp, list[bytes | None] | None]:
-            stamp = Stamp(txn.get(b"uuid", b"", db=tables.meta), txn.id())  # type: ignore[arg-type]
-            if stamp == since:
-                return stamp, None
-            return stamp, [txn.get(handle, db=tables.records) for handle in handles]  # type: ignore[misc]
-
-        return self.environment.read(work)
-
     def judge(self, handle: bytes, raw: bytes | None, now: int) -> Record | Missing:
-        """What `load` says where `raws` has found this."""
+        """What `load` says of what somebody else has read there."""
         found = Missing.UNKNOWN if raw is None else self._live(handle, raw, now)
         self._tell()
         return found
