@@ -428,13 +428,14 @@ AXUM_SESSION: Final = {
         auto_handles_expiry""",
     "axum auth configuration": """
         AuthConfig::new default set_cache with_max_age with_anonymous_user_id with_session_id AuthSessionLayer
-        AuthSessionLayer::new with_config Authentication load_user HasPermission""",
+        AuthSessionLayer::new with_config Authentication load_user HasPermission has AuthCache AuthSessionService""",
     "axum auth session": """
         AuthSession id current_user session is_authenticated is_active is_anonymous login_user logout_user
         remember_user cache_clear_user cache_clear_all is_logged_in AuthStatus::LoggedIn AuthStatus::StaleUser
         AuthStatus::DifferentID AuthStatus::LoggedOut reload_user update_user_expiration sync_user_id""",
     "axum auth rights": """
-        Rights::all Rights::any Rights::none Rights::permission Rights::None Auth::build requires validate has""",
+        Rights::all Rights::any Rights::none Rights::permission Rights::None Auth::build requires validate
+        evaluate""",
 }
 """What axum_session 0.20 and axum_session_auth 0.20 have for their users."""
 
@@ -726,6 +727,8 @@ def test_the_reference_of_logins_has_every_name_that_applications_use() -> None:
 
 
 def test_the_reference_of_auth_has_every_public_name_and_setting() -> None:
+    text = (DOCS / "auth.md").read_text()
+    assert [name for name in auth.__all__ if f"`{name}" not in text] == []
     of_applications = {name for name in dir(auth.Auth) if not name.startswith("_")} | {"store", "config", "sync"}
     assert names(marked(DOCS / "auth.md", "auth")) - {"Auth"} == of_applications
     defaults = auth.AuthConfig()
