@@ -757,6 +757,7 @@ def test_what_only_the_backend_has_of_a_user_is_never_let_in_again(
             broken(kept, patch)
         assert kept.sync.revoke_user("ada") == 1
     kept.memory.environment.backend_down_until = 0  # it is asked again at once
+    assert kept.sync.sessions("ada") == []
     assert not any(again(kept, session).exists for session in sessions)
     lose_memory(kept)
     assert not any(again(kept, session).exists for session in sessions)
