@@ -163,6 +163,15 @@ class SessionConfig:
     save_on_error: bool = False
     """Keep a request's changes also when it ends with status 500 or above, or with an exception."""
 
+    max_sessions_per_user: int | None = setting("MAX_SESSIONS_PER_USER", count_in, None)
+    """How many sessions a user may have on this host. None: any number."""
+    too_many_sessions: Literal["end_oldest", "refuse"] = setting(
+        "TOO_MANY_SESSIONS", one_of("end_oldest", "refuse"), "end_oldest"
+    )
+    """What a login beyond that does: it ends the session that was logged in first, or raises TooManySessions."""
+    record_device: bool = setting("RECORD_DEVICE", switch_in, True)
+    """Keep with a login the client's user agent and the network of its address, for `store.sessions`."""
+
     write: Literal["behind", "through"] = "behind"
     """With a backend: whether a response waits until the backend has what it committed (through). Destroying, renewing
     and revoking always wait."""
@@ -174,15 +183,6 @@ class SessionConfig:
     """How long a request waits for a session that only the backend has."""
     drain_timeout: timedelta = timedelta(seconds=10)
     """How long a server that stops goes on sending what waits for the backend."""
-    max_sessions_per_user: int | None = setting("MAX_SESSIONS_PER_USER", count_in, None)
-    """How many sessions a user may have on this host. None: any number."""
-    too_many_sessions: Literal["end_oldest", "refuse"] = setting(
-        "TOO_MANY_SESSIONS", one_of("end_oldest", "refuse"), "end_oldest"
-    )
-    """What a login beyond that does: it ends the session that was logged in first, or raises TooManySessions."""
-    record_device: bool = setting("RECORD_DEVICE", switch_in, True)
-    """Keep with a login the client's user agent and the network of its address, for `store.sessions`."""
-
     on_backend_error: Literal["unavailable", "anonymous"] = "unavailable"
     """What a request gets whose session only the backend has, when that cannot be asked: a 503, or no session."""
     database_keys: tuple[Key, ...] = ()
