@@ -174,13 +174,19 @@ class Behind:
 
     def load(self, handle: bytes) -> Record | Missing:
         """What the backend has, kept in memory from now on. Blocks this thread. Raises BackendError, StoreError."""
-        self._refuse_if_down()
-        return self._there().wait(self._when_ready(self._load_once, handle))
+        return self._wait(self._load_once, handle)
 
     async def load_async(self, handle: bytes) -> Record | Missing:
         """The same, for code on any event loop."""
+        return await self._ask(self._load_once, handle)
+
+    def _wait(self, question: Callable[[bytes], Awaitable[T]], about: bytes) -> T:
         self._refuse_if_down()
-        return await self._there().ask(self._when_ready(self._load_once, handle))
+        return self._there().wait(self._when_ready(question, about))
+
+    async def _ask(self, question: Callable[[bytes], Awaitable[T]], about: bytes) -> T:
+        self._refuse_if_down()
+        return await self._there().ask(self._when_ready(question, about))
 
     def _refuse_if_down(self) -> None:
         if is_down(self._environment, self._clock):
@@ -255,13 +261,11 @@ class Behind:
 
         Raises BackendError, StoreError: there is no part of an answer.
         """
-        self._refuse_if_down()
-        return self._there().wait(self._when_ready(self._sessions_of, user))
+        return self._wait(self._sessions_of, user)
 
     async def sessions_of_async(self, user: bytes) -> dict[bytes, Loaded]:
         """The same, for code on any event loop."""
-        self._refuse_if_down()
-        return await self._there().ask(self._when_ready(self._sessions_of, user))
+        return await self._ask(self._sessions_of, user)
 
     async def _sessions_of(self, user: bytes) -> dict[bytes, Loaded]:
         found: dict[bytes, Loaded] = {}
@@ -276,13 +280,11 @@ class Behind:
 
         Raises BackendError, StoreError.
         """
-        self._refuse_if_down()
-        self._there().wait(self._when_ready(self._recall, user))
+        self._wait(self._recall, user)
 
     async def recall_async(self, user: bytes) -> None:
         """The same, for code on any event loop."""
-        self._refuse_if_down()
-        await self._there().ask(self._when_ready(self._recall, user))
+        await self._ask(self._recall, user)
 
     async def _recall(self, user: bytes) -> None:
         missed, losses, store = self._clock.boot(), self._memory.outbox.losses(), self._environment.uuid
