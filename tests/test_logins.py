@@ -763,6 +763,25 @@ def test_what_only_the_backend_has_of_a_user_is_never_let_in_again(
     assert not any(again(kept, session).exists for session in sessions)
 
 
+def test_who_flushes_ends_what_somebody_left_who_died_while_revoking(
+    kept: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [login(kept) for _ in range(3)]
+    write = kept.memory._writer.write
+
+    def write_and_die(work: Work[Any]) -> Any:
+        monkeypatch.undo()
+        write(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory_users, "CHUNK", 1)
+    monkeypatch.setattr(kept.memory._writer, "write", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        kept.memory.users.revoke(encode("ada"))
+    assert kept.sync.flush()
+    assert not any(again(kept, session).exists for session in sessions)
+
+
 def test_the_kept_session_survives_the_loss_of_memory(kept: SessionStore, clock: ManualClock) -> None:
     """Also one that only the backend had, and one that got a new id since."""
     for by_handle in (False, True):
