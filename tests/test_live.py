@@ -477,6 +477,14 @@ def test_the_loop_ends_with_the_session_and_says_why(store: SessionStore, end: E
         page.save()
 
 
+def test_the_loop_ends_when_the_time_is_over_though_nobody_commits(store: SessionStore, clock: ManualClock) -> None:
+    """And though this process has looked all the time: not because it was blind."""
+    page = stored(store)
+    clock.advance(-10, hours=6)
+    assert patiently(meanwhile(store, page.changes(), lambda: clock.advance(10))) == []
+    assert page.ended == "expired"
+
+
 @pytest.mark.parametrize("end", [destroyed, logged_in], ids=lambda end: end.__name__)
 def test_a_session_that_was_gone_when_the_request_came_ends_at_once(store: SessionStore, end: End) -> None:
     first = stored(store, a=1)
@@ -712,17 +720,22 @@ def test_who_waited_first_is_not_held_by_who_waits_on(store: SessionStore) -> No
     variable: ContextVar[Held] = ContextVar("variable")
     pages = [stored(store), stored(store)]
 
-    async def follow() -> None:
+    def hold() -> weakref.ref[Held]:
         variable.set(Held())
-        held = weakref.ref(variable.get())
-        first = asyncio.create_task(end_of(pages[0].changes()))
+        return weakref.ref(variable.get())
+
+    async def follow() -> None:
+        context = Context()
+        held = context.run(hold)
+        first = asyncio.create_task(end_of(pages[0].changes()), context=context)
         await waits(store)
         second = asyncio.create_task(end_of(pages[1].changes()), context=Context())
         destroyed(store, pages[0])
         await first
-        del first
+        del context, first
         await waits(store)
-        assert variable.get() is held()
+        gc.collect()
+        assert held() is None
         destroyed(store, pages[1])
         await second
 
