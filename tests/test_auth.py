@@ -510,7 +510,8 @@ def test_the_hooks_hear_of_logins_when_they_are_committed_of_refusals_and_of_log
     visitor.post("/put/tea")
     assert visitor.ask("POST", "/enter/nobody").status_code == 401
     session = site.store.request_session(lambda: f"session={visitor.cookie}".encode())
-    assert site.events[-1] == LoginRefused(session.handle or "", hashed("nobody"))
+    assert session.handle is not None
+    assert site.events[-1] == LoginRefused(session.handle, hashed("nobody"))
 
 
 def test_a_login_whose_response_fails_is_none_and_nobody_hears_of_it(store: SessionStore) -> None:
