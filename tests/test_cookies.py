@@ -198,7 +198,7 @@ def test_no_hostile_cookie_opens_a_session_or_writes(place: Path) -> None:
     refused = [event for event in events if isinstance(event, CookieRefused)]
     assert {event.reason for event in refused} - {"binding"} == {"malformed", "forged", "unknown_key", "duplicate"}
     assert len(refused) == total
-    assert len(events) == total + 1, "the login"
+    assert len(events) == total + 2, "the session, and its login"
     report("G6 hostile cookies", tried=total, adopted=0, writes=0, errors=0)
 
 
