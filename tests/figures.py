@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 SOAKING = os.environ.get("SOAK") == "1"
+BREATH = 0.0 if SOAKING else 0.005
+"""Seconds between the requests of a visitor who asks all the time: in the suite other tests run beside."""
 SEED = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(2**32))
 
 

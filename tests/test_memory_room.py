@@ -141,7 +141,7 @@ def test_a_flood_of_anonymous_sessions_costs_no_login_and_no_logout(
     place: Path, clock: ManualClock, events: list[Event]
 ) -> None:
     """A 16 MiB map: logged-in sessions stay and work, the flood meets StoreFull, destroying works, and it recovers."""
-    attempts = size(1_000_000, 60_000)
+    attempts = size(1_000_000, 40_000)
     with closing(memory_store(place / "big", clock, map_size=16 * MIB, events=events)) as store:
         visitors = Visitors(store, clock)
         ours = [visitors.come(user=ADA, size=1000) for _ in range(500)]

@@ -111,7 +111,7 @@ def revoking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_any_order_no_revoked_session_comes_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests, logins, renewals, two flushers, a failing and forgetting backend, loss of memory."""
     revoking(monkeypatch)
-    schedules = size(full=200_000, suite=1_000)
+    schedules = size(full=200_000, suite=500)
     world = play(place, monkeypatch, SEED, schedules)
     report("revoke_user in random schedules", schedules=schedules, steps=world.steps, losses=world.losses, revived=0)
 

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from shmsession import Key
-from tests.figures import report, size
+from tests.figures import BREATH, report, size
 from tests.servers import SYNC, Browser, Lane, Serve, Server, Unanswered, wait_for
 
 pytest_plugins = ["tests.hosts"]
@@ -72,7 +72,7 @@ class Visitor:
         return dict(self.browser.cookies)
 
     def run(self, stop: threading.Event) -> None:
-        while not (stop.is_set() or self.trouble):
+        while not (stop.wait(BREATH) or self.trouble):
             self.hits += 1
             self.pid = self._ask("/hit")
             self._ask("/whoami")

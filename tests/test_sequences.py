@@ -3,7 +3,7 @@
 The sequences are those of test_write_behind, which holds them against a dict; here a database answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from shmsession.testing import ManualClock
 from tests.backends import Host
+from tests.figures import SOAKING
 from tests.kept import BACKENDS
 from tests.real_backends import RealBackend
 from tests.test_write_behind import (  # noqa: F401  # collected here too
@@ -67,6 +68,12 @@ def clock() -> ManualClock:
     clock = ManualClock()
     clock.advance(days=7300)
     return clock
+
+
+@pytest.fixture
+def moments() -> Sequence[int]:
+    """All of them under `./dev soak`: making tables takes long, and the dict has died at each."""
+    return range(0, 14, 1 if SOAKING else 3)
 
 
 @pytest.fixture

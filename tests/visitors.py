@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tests.figures import BREATH
 from tests.servers import Answer, Browser, Server, Unanswered, wait_for
 
 CLIENTS = 8
@@ -75,7 +76,7 @@ class Client:
 
     def run(self, stop: threading.Event) -> None:
         number = 0
-        while not stop.is_set():
+        while not stop.wait(BREATH):
             number += 1
             self.count(self.browser, "own")
             self.count(self.shared, "shared")
