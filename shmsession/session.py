@@ -344,16 +344,14 @@ class Session(Flashes):
                 self.wait_for(killed)
             elif known:
                 self.discard()
-                self._stand_at_nothing(presented=self._presented, ended=self.raw_handle)
+                self.gone = True
                 return
         self._stand_at_nothing(presented=self._presented)
         self.drops_cookie = self._presented
 
-    def _stand_at_nothing(self, *, presented: bool, ended: bytes | None = None) -> None:
-        """Without a session; how the request came stays known. `presented`: whether the cookie is its to remove.
-        `ended`: the handle of one that others have ended."""
-        gone = ended is not None
-        self.start(Resolved(handle=ended, gone=gone, presented=presented, origin=self.origin, consent=self._chosen))
+    def _stand_at_nothing(self, *, presented: bool) -> None:
+        """Without a session; how the request came stays known. `presented`: whether the cookie is its to remove."""
+        self.start(Resolved(presented=presented, origin=self.origin, consent=self._chosen))
 
     def edit(self) -> Edits:
         """See WorkingCopy. Raises NotCreated in manual mode, before `create`."""

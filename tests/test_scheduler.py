@@ -381,7 +381,7 @@ def _interleaved(random: Random) -> list[Step]:
 
 @pytest.mark.soak
 def test_no_pair_of_three_step_requests_brings_a_dead_session_back(worlds: Callable[[bool], World]) -> None:
-    pairs = size(1_000_000, 8_000)
+    pairs = size(1_000_000, 5_000)
     random = rng("G3 pairs")
     deaths = evictions = dropped = 0
     for number in range(pairs):

@@ -1715,6 +1715,18 @@ class Requests(RuleBasedStateMachine):
         )
 
 
+def test_who_destroys_a_session_that_another_request_ended_first_is_told_that_it_is_gone(store: SessionStore) -> None:
+    first = store.session()
+    first["n"] = 1
+    first.save()
+    second = store.session(first.id)
+    assert second["n"] == 1
+    first.destroy()
+    second.destroy()
+    with pytest.raises(SessionGone):
+        second.increment("n")
+
+
 @pytest.mark.soak
 def test_interleaved_requests_against_a_model() -> None:
     """Three requests of one browser under way at once, whatever they do in whatever order."""

@@ -102,6 +102,8 @@ async def _load(kind: type[StandingT], users: Users[Any], request: Any) -> Stand
             "where there are two load each user below the SessionMiddleware of its own"
         )
     encoded = session.encoded_user
+    if session.gone:  # others have ended it, and what it holds can still be read
+        encoded = None
     me = holder.get(KEY)
     if type(me) is kind and me.users is users and me.encoded == encoded:
         return me
