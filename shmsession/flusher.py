@@ -105,11 +105,11 @@ class Flusher:
         try:
             while True:
                 try:
-                    heard = self._environment.rings
+                    heard, begun = self._environment.rings, self._clock.boot()
                     if self.holds_lease:
                         listening.listen()
                         await self._attempt()
-                    await self._rest(heard)
+                    await self._rest(heard, begun)
                 except ShmSessionError as error:  # the memory store itself; it may be better later
                     self._telling.tell(f"sessions wait to be flushed: {error}")
                     await asyncio.sleep(BEAT_MS / 1000)
@@ -138,9 +138,10 @@ class Flusher:
                 self._telling.tell(f"the lease cannot be taken: {error}")
             await asyncio.sleep(BEAT_MS / 1000)
 
-    async def _rest(self, heard: int) -> None:
-        """Until the doorbell rings, or it is time to look. `heard`: the rings before the last look."""
+    async def _rest(self, heard: int, begun: int) -> None:
+        """Until the doorbell rings, or it is time to look. `heard`: the rings before the last look; `begun`: when."""
         wait = min(self._interval if self.holds_lease else BEAT_MS / 1000, HEARTBEAT_MS / 1000)
+        wait -= (self._clock.boot() - begun) / 1000
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):  # not wait_for: it may swallow a cancellation
                 if self._bell.works:
@@ -256,9 +257,11 @@ class Flusher:
         return None
 
     async def round(self) -> bool:
-        """Send the oldest commits, a batch at most; whether there may be more.
+        """Send the oldest commits, a batch at most; whether there are more of those that waited when this began.
 
-        While the backend writes, what it wrote in the last round is crossed off, and the next batch is read.
+        While the backend writes, what it wrote in the last round is crossed off, and the next batch is read. What is
+        committed meanwhile, also to a session that was sent, is not looked at: where all sessions are written all the
+        time there would be no end, and each would be sent more than once within the flush interval.
         Raises BackendError, StoreError.
         """
         if self._clock.boot() - self._last_look >= HEARTBEAT_MS:
@@ -298,7 +301,7 @@ class Flusher:
             if reading is not None:
                 reading.cancel()
         self._batch = min(BATCH, limit * 2)
-        return full or (bool(waiting) and not self._recall.is_done)
+        return self._ahead is not None or (bool(waiting) and not self._recall.is_done)
 
     async def _read(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead:
         """What is to be sent next, of places behind `after`, a piece at a time: others have their turn in between.
@@ -320,17 +323,20 @@ class Flusher:
             size -= sum(len(dirty.record.raw) for dirty in piece)
             after = piece[-1].record.place
             await asyncio.sleep(0)
-        return _Ahead(list(found.values()), left <= 0 or size <= 0, until, losses)
+        return _Ahead(list(found.values()), (left <= 0 or size <= 0) and after < until, until, losses)
 
     async def _read_ahead(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead | None:
-        """Cross off what was sent before, then the same; None when nothing is left there, or the store fails now."""
+        """Cross off what was sent before, then the same; None when nothing is left there.
+
+        When the store fails the next round is to meet it: this is of no use to it, for no losses are as many.
+        """
         for _ in range(TURNS):
             await asyncio.sleep(0)
         try:
             self._cross_off()
             ahead = await self._read(losses, limit, after, until)
         except ShmSessionError:
-            return None
+            return _Ahead([], full=False, until=until, losses=-1)
         return ahead if ahead.rows else None
 
     async def _send(self, batch: Sequence[tuple[Dirty, Row]]) -> None:

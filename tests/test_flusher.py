@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from shmsession.backends.base import FOREVER, SENTINEL, Row, State
+from shmsession.backends.base import FOREVER, SENTINEL, Answer, Row, State
 from shmsession.errors import BackendError, BackendUnavailable, ShmSessionError, StoreFull
 from shmsession.flusher import BATCH, HEARTBEAT_MS, SWEEP_LIMIT, SWEEP_MS, Flusher
 from shmsession.hooks import BackendForgot, Flushed, FlushFailed, Hooks
@@ -87,20 +87,43 @@ def test_the_oldest_go_first_and_a_hot_session_keeps_its_place(host: Host) -> No
     host.agrees()
 
 
+def test_what_is_written_all_the_time_is_sent_once_at_a_look(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches it takes, and the next time not before the next look."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        handles = [handle(n + 1) for n in range(2 * BATCH)]
+        for one in handles:
+            host.create(one, n=0)
+        write, left = host.backend.write, iter(range(5))
+
+        async def busy(rows: Sequence[Row]) -> Sequence[Answer]:
+            """Meanwhile all are written again."""
+            answers = await write(rows)
+            if rows[0].handle != SENTINEL:
+                n = next(left)
+                for one in handles:
+                    host.update(one, n=n)
+            return answers
+
+        monkeypatch.setattr(host.backend, "write", busy)
+        attempt(host.flusher())
+        assert sorted(row.handle for batch in host.backend.sent for row in batch) == handles
+        assert sorted(waiting(host.memory)) == handles
+
+
 def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host) -> None:
     """And a round that fails leaves no batch before it to be sent again."""
-    for n in range(3 * BATCH):
+    for n in range(3 * BATCH + 1):
         host.create(handle(n + 1), n=n)
     flusher = host.flusher()
     assert run(flusher.round())
-    assert len(host.memory.outbox) == 3 * BATCH
+    assert len(host.memory.outbox) == 3 * BATCH + 1
     sending = host.sending(handle(BATCH + 1), flusher).until("write!")
-    assert len(host.memory.outbox) == 2 * BATCH
+    assert len(host.memory.outbox) == 2 * BATCH + 1
     sending.finish()
     host.backend.fail("write", BEFORE)
     with pytest.raises(BackendUnavailable):
         run(flusher.round())
-    assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH)]
+    assert waiting(host.memory) == [handle(n + 1) for n in range(2 * BATCH, 3 * BATCH + 1)]
 
 
 def test_a_death_is_crossed_off_before_the_rest_is_written(host: Host) -> None:

@@ -1,8 +1,9 @@
 """The outbox: what waits for the backend, in which order, and what takes it out or puts it back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,27 @@ def test_the_oldest_come_first(host: Host) -> None:
     host.update(C, v=1)
     assert [dirty.handle for dirty in host.memory.outbox.oldest(2)] == [C, A]
     assert [dirty.record for dirty in host.memory.outbox.oldest(9)] == [host.load(key) for key in (C, A, B)]
+
+
+def test_reading_keeps_few_pages_from_being_used_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though others commit as often as something is read: what they free waits for the end of the snapshot."""
+    for n in range(CHUNK):
+        host.create(handle(n + 1))
+    environment, before = host.memory.environment, host.memory.usage().touched
+    read = environment.read
+
+    def slowly(work: Callable[[Txn, Tables], Any]) -> Any:
+        def among_others(txn: Txn, tables: Tables) -> Any:
+            found = work(txn, tables)
+            for n in range(len(found)):
+                environment.write(lambda txn, tables: txn.put(b"busy", str(n).encode(), db=tables.meta))
+            return found
+
+        return read(among_others)
+
+    monkeypatch.setattr(environment, "read", slowly)
+    assert len(host.memory.outbox.oldest(CHUNK)) == CHUNK
+    assert host.memory.usage().touched - before < CHUNK / 2
 
 
 def test_no_place_is_given_out_twice(host: Host) -> None:

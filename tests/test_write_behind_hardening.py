@@ -511,11 +511,11 @@ def test_a_candidate_that_ends_for_whatever_reason_keeps_no_lease(host: Host, mo
     flusher, lease = host.flusher(), Lease(host.memory.environment, host.clock)
     was_held: list[bool] = []
 
-    async def rest(heard: int) -> NoReturn:
+    async def rest(heard: int, begun: int) -> NoReturn:
         while not flusher.holds_lease:  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0)
         was_held.append(lease.holder() is not None)
-        raise RuntimeError(f"by order, after ring {heard}")
+        raise RuntimeError(f"by order, after ring {heard}, at {begun}")
 
     flusher._rest = rest  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="by order"):
@@ -1097,7 +1097,7 @@ def test_without_a_bell_a_ring_is_heard_and_a_commit_is_none(
     async def resting() -> float:
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        rest = asyncio.create_task(flusher._rest(environment.rings))
+        rest = asyncio.create_task(flusher._rest(environment.rings, host.clock.boot()))
         await asyncio.sleep(0)
         number = 0
         while not rest.done():
@@ -1119,7 +1119,7 @@ def test_a_ring_between_a_look_and_the_rest_after_it_is_heard(host: Host, monkey
     heard = host.memory.environment.rings
     host.memory.environment.ring()
     begin = time.monotonic()
-    asyncio.run(flusher._rest(heard))
+    asyncio.run(flusher._rest(heard, host.clock.boot()))
     assert time.monotonic() - begin < PATIENCE / 2
 
 

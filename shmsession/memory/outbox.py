@@ -30,6 +30,11 @@ from .writing import Writer
 CHUNK: Final = 100
 """So many records are looked through in one transaction: others wait for it."""
 
+WINDOW: Final = 10
+"""So many are read in one transaction. In a busy process each takes as long as a commit or two, for Python's lock
+changes hands; what these free can be used again only when the snapshot is let go, and the more pages there are in turn,
+the fewer of them a processor keeps at hand: every commit is slower from then on."""
+
 LAST_PLACE: Final = b"\xff" * PLACE_BYTES
 
 
@@ -99,7 +104,7 @@ class Outbox:
         batch: list[Dirty] = []
         stray: list[tuple[bytes, bytes]] = []
         while len(batch) < limit and size > 0:
-            window = self._window(limit - len(batch), size, after, until)
+            window = self._window(min(WINDOW, limit - len(batch)), size, after, until)
             for place, handle, raw in window:
                 try:
                     record = self._seal.open_in_passing(handle, raw)
