@@ -240,6 +240,7 @@ def commits(label: str, database: Database, place: Path, rounds: int, seconds: f
 
     async def turn(sites: dict[str, Site]) -> None:
         for name, site in sites.items():
+            base = 0.0
             for _ in range(FIRSTS):
                 site.flush()
                 # Also for the one without, which has nothing to wait for, the processor turns to something else.
