@@ -1,11 +1,14 @@
 """Fixtures for all tests. Everything a test makes is in a directory of its own and is gone afterwards."""
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
+import coverage
 import pytest
 
 from shmsession import codec, working
@@ -47,6 +50,31 @@ def nothing_leaks_between_sessions() -> Iterator[None]:
 
 def pytest_report_header() -> str:
     return f"seed of the sized tests: {SEED}"
+
+
+@contextlib.contextmanager
+def unmeasured() -> Iterator[None]:
+    """Meanwhile no coverage is measured, neither here nor in processes that are started."""
+    measuring = coverage.Coverage.current()
+    if measuring is None:
+        yield
+        return
+    config = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    measuring.stop()
+    try:
+        with patch.object(measuring, "save"):  # forks call it when they end
+            yield
+    finally:
+        measuring.start()
+        if config is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = config
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Measuring makes long tests up to five times as long. What they reach, short ones must reach too."""
+    with unmeasured() if item.get_closest_marker("soak") else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)
