@@ -73,7 +73,8 @@ def unmeasured() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measuring makes long tests up to five times as long. What they reach, short ones must reach too."""
-    with unmeasured() if item.get_closest_marker("soak") else contextlib.nullcontext():
+    is_long = item.get_closest_marker("soak") or item.get_closest_marker("unmeasured")
+    with unmeasured() if is_long else contextlib.nullcontext():
         return (yield)
 
 

@@ -99,13 +99,20 @@ def test_writes_go_on_at_the_replica_that_was_promoted_for_a_primary_that_was_ki
                 await backend.load(row.handle)
             newer = row._replace(version=2)
             await until_answered(lambda: backend.write([newer]), backend.timeout)
-            assert service.replica.ask("ROLE").startswith(b"*3\r\n$6\r\nmaster")
+            assert role(service.replica) == "master"
             assert await backend.load(row.handle) == newer
             assert await backend.sessions_of(row.user) == [newer]
             assert await backend.count() == 1
 
     with Service() as service:
         asyncio.run(play(service))
+
+
+def role(server: RedisServer) -> str:
+    """"master" or "slave"; nothing in the moment when that changes, for then it leaves its clients."""
+    with contextlib.suppress(ConnectionError):
+        return next((name for name in ("master", "slave") if name.encode() in server.ask("ROLE")), "")
+    return ""
 
 
 def test_a_primary_that_was_demoted_by_hand_is_left_as_soon_as_the_sentinel_names_another() -> None:
@@ -116,7 +123,7 @@ def test_a_primary_that_was_demoted_by_hand_is_left_as_soon_as_the_sentinel_name
             rows = [live(n, now() + HOUR, user=user_of(1)) for n in range(50)]
             await backend.write(rows)
             wait_for(lambda: service.sentinel.ask("SENTINEL", "FAILOVER", "main").startswith(b"+OK"), "it is begun")
-            wait_for(lambda: service.primary.ask("ROLE").startswith(b"*5\r\n$5\r\nslave"), "it is demoted")
+            wait_for(lambda: role(service.primary) == "slave", "it is demoted")
             newer = [row._replace(version=2) for row in rows]
             answers = await until_answered(lambda: backend.write(newer), backend.timeout)
             assert {answer.applied for answer in answers} == {True}
@@ -149,7 +156,7 @@ def test_no_write_is_believed_that_only_an_old_primary_has_applied() -> None:
             await backend.write([live(1, now() + HOUR)])
             service.primary.freeze()
             slow = asyncio.create_task(backend.load(handle_of(1)))  # over the connection that there is
-            await asyncio.to_thread(wait_for, lambda: b"slave" not in service.replica.ask("ROLE"), "the promotion")
+            await asyncio.to_thread(wait_for, lambda: role(service.replica) == "master", "the promotion")
             known = await until_answered(backend.history, 20)  # of the new primary, over a new connection
             service.primary.thaw()
             await slow

@@ -135,6 +135,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
 }
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("what", MUTANTS)
 def test_what_is_broken_is_found_out(place: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     revoking(monkeypatch)

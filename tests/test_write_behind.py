@@ -1618,6 +1618,7 @@ sent again above a newer one, which only a store that is gone can have left, and
 another begins; and that a batch meets an older sentinel, for here somebody looks first. See `lose` and `_look`."""
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("what", MUTANTS)
 def test_what_is_broken_is_found_out(place: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     MUTANTS[what].take_its_place(monkeypatch)
@@ -1625,6 +1626,7 @@ def test_what_is_broken_is_found_out(place: Path, monkeypatch: pytest.MonkeyPatc
         play(place, monkeypatch, KNOWN_SEED, ENOUGH)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("limit", "value"), [("room.QUIET_MS", 10_000), ("store.STALE_FILL_MS", 1_000_000_000)], ids=["quiet", "stale"]
 )
@@ -1637,5 +1639,6 @@ def test_a_limit_that_is_wrong_is_found_out(
         play(place, monkeypatch, KNOWN_SEED, ENOUGH)
 
 
+@pytest.mark.unmeasured
 def test_nothing_is_found_out_where_nothing_is_broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(place, monkeypatch, KNOWN_SEED, ENOUGH)
