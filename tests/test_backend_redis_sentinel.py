@@ -109,7 +109,7 @@ def test_writes_go_on_at_the_replica_that_was_promoted_for_a_primary_that_was_ki
 
 
 def role(server: RedisServer) -> str:
-    """"master" or "slave"; nothing in the moment when that changes, for then it leaves its clients."""
+    """What it is, "master" or "slave"; nothing in the moment when that changes, for then it leaves its clients."""
     with contextlib.suppress(ConnectionError):
         return next((name for name in ("master", "slave") if name.encode() in server.ask("ROLE")), "")
     return ""
