@@ -399,11 +399,14 @@ class Server:
         return process
 
     def start(self) -> Self:
-        """Start it and wait until it answers and has forked all its workers."""
+        """Start it and wait until it answers and has all its workers, and each can be told to end."""
         process = self.launch()
 
         def ready() -> bool:
-            return self._answers() and len(self.worker_pids()) == self.workers
+            if not self._answers():
+                return False
+            workers = self.worker_pids()
+            return len(workers) == self.workers and (not self.kind.gunicorn or all(map(_hears, workers)))
 
         try:
             wait_for(lambda: process.poll() is not None or ready(), "the server answers")
@@ -560,6 +563,16 @@ def _group_of(pid: int) -> int:
         return os.getpgid(pid)
     except ProcessLookupError:
         return -1
+
+
+def _hears(pid: int) -> bool:
+    """Whether a worker of gunicorn hears signals. At first it has the handlers of the arbiter, who alone notes SIGHUP,
+    and what is sent to it is lost; the arbiter then waits for it as long as it may."""
+    try:
+        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return caught is not None and not int(caught[1], 16) >> (signal.SIGHUP - 1) & 1
 
 
 def _is_uvicorn_worker(pid: int) -> bool:
