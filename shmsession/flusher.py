@@ -141,7 +141,7 @@ class Flusher:
     async def _rest(self, heard: int, begun: int) -> None:
         """Until the doorbell rings, or it is time to look. `heard`: the rings before the last look; `begun`: when."""
         wait = min(self._interval if self.holds_lease else BEAT_MS / 1000, HEARTBEAT_MS / 1000)
-        wait -= (self._clock.boot() - begun) / 1000
+        wait -= max(0, self._clock.boot() - begun) / 1000
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):  # not wait_for: it may swallow a cancellation
                 if self._bell.works:
@@ -269,7 +269,7 @@ class Flusher:
             self._cross_off()  # to look may take long
         if await self._sentinel.greet():
             self._last_look = self._clock.boot()
-        losses, limit = self._outbox.losses(), self._batch
+        losses, limit, put_back = self._outbox.losses(), self._batch, self._recall.count
         await self._recall.put_back(BATCH)
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead.losses != self._outbox.losses() or not self._recall.is_done:
@@ -301,7 +301,9 @@ class Flusher:
             if reading is not None:
                 reading.cancel()
         self._batch = min(BATCH, limit * 2)
-        return self._ahead is not None or (bool(waiting) and not self._recall.is_done)
+        # Without room to put more back, and with nothing else to send, the house must be kept first.
+        recalls = not self._recall.is_done and (full or self._recall.count != put_back)
+        return self._ahead is not None or (bool(waiting) and recalls)
 
     async def _read(self, losses: int, limit: int, after: bytes, until: bytes) -> _Ahead:
         """What is to be sent next, of places behind `after`, a piece at a time: others have their turn in between.

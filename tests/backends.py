@@ -3,7 +3,7 @@
 import itertools
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -407,10 +407,12 @@ class Answered:
         return found
 
 
-def differing(memory: MemoryStore, backend: MemoryBackend, rows: Rows, keyring: Keyring) -> list[str]:
-    """Every record in memory that does not wait, of which the backend has something else than it should."""
+def differing(
+    memory: MemoryStore, backend: MemoryBackend, rows: Rows, keyring: Keyring, but: Collection[bytes] = ()
+) -> list[str]:
+    """Every record in memory that does not wait, of which the backend has something else than it should, but these."""
     found, seal, stored = [], RecordSeal(keyring), contents(memory)
-    for handle in stored.records.keys() - set(stored.outbox.values()):
+    for handle in stored.records.keys() - set(stored.outbox.values()) - set(but):
         record = seal.open(handle, stored.records[handle])
         assert record is not None
         if record.header.flags & WATERMARK:

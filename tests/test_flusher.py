@@ -110,6 +110,30 @@ def test_what_is_written_all_the_time_is_sent_once_at_a_look(place: Path, monkey
         assert sorted(waiting(host.memory)) == handles
 
 
+def test_a_look_ends_though_there_is_no_room_to_put_back_what_the_backend_forgot(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keeping house makes room, and somebody who writes all the time must not keep the flusher from it."""
+    with Host(place, MemoryBackend(labelled=False)) as host:
+        host.create(A, n=0)
+        host.flush()
+        host.backend.forget()
+        host.update(A, n=1)
+        monkeypatch.setattr(host.memory.outbox, "put_back", _full)
+        write, left = host.backend.write, iter(range(9))
+
+        async def busy(rows: Sequence[Row]) -> Sequence[Answer]:
+            answers = await write(rows)
+            if rows[0].handle != SENTINEL:
+                host.update(A, n=next(left))
+            return answers
+
+        monkeypatch.setattr(host.backend, "write", busy)
+        sent = len([batch for batch in host.backend.sent if batch])
+        attempt(host.flusher())
+        assert len([batch for batch in host.backend.sent if batch]) == sent + 1
+
+
 def test_what_the_backend_has_is_crossed_off_while_it_writes_the_next(host: Host) -> None:
     """And a round that fails leaves no batch before it to be sent again."""
     for n in range(3 * BATCH + 1):
@@ -205,7 +229,7 @@ def test_a_flusher_ends_when_it_is_cancelled_beside_a_full_store(host: Host, mon
     asyncio.run(cancelled())
 
 
-def _full(*_: object) -> None:
+def _full(*_: object, **__: object) -> None:
     raise StoreFull("as a full store does")
 
 

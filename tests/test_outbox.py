@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shmsession.backends.base import State
+from shmsession.errors import StoreFull
 from shmsession.memory.outbox import CHUNK, Dirty
 from shmsession.memory.room import QUIET_MS
 from shmsession.memory.store import Missing
@@ -360,6 +361,56 @@ def test_what_expires_while_it_waits_becomes_a_tombstone_that_waits(host: Host) 
     host.clock.advance(2 * QUIET_MS / 1000)
     host.memory.sweep(host.clock.now())
     assert host.memory.environment.get(A) is None
+
+
+def test_what_is_committed_while_it_is_sent_waits_only_since_then(host: Host) -> None:
+    """A session that is written all the time is sent all the time, and no sign of a database that is down."""
+    outbox = host.memory.outbox
+    host.create(A)
+    host.create(B)
+    host.clock.advance(3)
+    sending = host.sending(A).until("write!")
+    host.update(A, v=1)
+    sending.finish()
+    assert (waiting(host.memory), outbox.age()) == ([A], 0)
+    host.create(C)
+    sending = host.sending(A).until("write!")
+    host.update(A, v=2)
+    host.clock.advance(1)
+    host.update(A, v=3)
+    sending.finish()
+    assert (waiting(host.memory), outbox.age()) == ([A], 0)
+    host.flush()
+    host.agrees()
+
+
+def test_what_dies_while_it_is_sent_goes_before_what_it_was_renewed_to(host: Host) -> None:
+    host.create(A)
+    sending = host.sending(A).until("write!")
+    host.renew(A, B)
+    sending.finish()
+    assert waiting(host.memory) == [A, B]
+
+
+def test_where_room_is_short_what_was_committed_meanwhile_keeps_its_place(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To cross off what was sent is what makes room."""
+    for key in (A, B):
+        host.create(key)
+    sent, outbox = host.memory.outbox.oldest(9), host.memory.outbox
+    host.update(A, v=1)
+    write, full = host.memory.environment.write, [StoreFull("by order")]
+
+    def once_full(work: Callable[[Txn, Tables], Any]) -> Any:
+        if full:
+            raise full.pop()
+        return write(work)
+
+    monkeypatch.setattr(host.memory.environment, "write", once_full)
+    place = sent[0].record.place
+    outbox.acknowledge(sent, outbox.losses())
+    assert [(dirty.handle, dirty.record.place) for dirty in outbox.oldest(9)] == [(A, place)]
 
 
 def test_an_acknowledgement_names_the_very_bytes_that_were_sent(host: Host) -> None:

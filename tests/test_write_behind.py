@@ -969,6 +969,8 @@ class Schedule:
         """The backend forgot something since memory last began."""
         self.late: list[Running[bool]] = []
         """Rounds of a store that is gone, whose batches are still on their way."""
+        self.overtaken: set[bytes] = set()
+        """The backend got a row of such a one after memory had read an older one."""
         self.snapshot: dict[bytes, Row] = {}
         """What the backend may fall back to."""
         self._begun: dict[int, int] = {}
@@ -1372,6 +1374,7 @@ class Schedule:
             expected.best = (0, 0)
             expected.unsure = expected.unsure or key not in saved
         self.flushers = [host.flusher(), host.flusher()]
+        self.overtaken.clear()
         self.amnesia = False
 
     def arrive(self) -> None:
@@ -1387,6 +1390,7 @@ class Schedule:
         for row in itertools.chain(*sent[before:]):
             if row.handle in self.alive and not self.host.memory.outbox.holds(row.handle):
                 self.alive[row.handle].unsure = True
+                self.overtaken.add(row.handle)
 
     def _saved(self) -> set[bytes]:
         """The sessions that loss of memory must not touch: the backend has acknowledged them."""
@@ -1407,7 +1411,7 @@ class Schedule:
     def _check_acknowledged(self) -> None:
         """What does not wait, the dead too, is in the backend as it is in memory."""
         host = self.host
-        differences = differing(host.memory, host.backend, host.rows, host.keyring)
+        differences = differing(host.memory, host.backend, host.rows, host.keyring, self.overtaken)
         if differences:
             raise Violation(f"acknowledged, but {'; '.join(differences)}")
 
@@ -1591,7 +1595,8 @@ MUTANTS: Final = {
     "what was acknowledged before a loss is crossed off": Mutant(
         Outbox, "acknowledge", "number(txn.get(LOSSES, db=tables.meta)) != losses", "False"
     ),
-    "a newer commit is crossed off": Mutant(Outbox, "acknowledge", "== one.record.raw]", "]"),
+    "a newer commit is crossed off": Mutant(Outbox, "acknowledge", "raw == one.record.raw", "raw"),
+    "the dead give up their places": Mutant(Outbox, "acknowledge", " and not _is_dead(raw)", ""),
     "the dead are not put in front": Mutant(Outbox, "put_back", "front=dead", "front=False"),
     "the living are put back before the dead": Mutant(
         Recall, "put_back", "dead=self._step == _DEAD", "dead=self._step != _DEAD"

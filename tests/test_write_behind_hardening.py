@@ -1110,6 +1110,15 @@ def test_without_a_bell_a_ring_is_heard_and_a_commit_is_none(
     assert took < PATIENCE / 2 if rung else took >= 0.3
 
 
+def test_a_boot_clock_that_went_back_keeps_nobody_resting(host: Host) -> None:
+    """As after a virtual machine was put back."""
+    flusher = host.flusher(interval=0.01)
+    flusher.holds_lease = True
+    begin = time.monotonic()
+    asyncio.run(flusher._rest(host.memory.environment.rings, host.clock.boot() + 3_600_000))
+    assert time.monotonic() - begin < PATIENCE / 2
+
+
 @pytest.mark.usefixtures("no_bell")
 def test_a_ring_between_a_look_and_the_rest_after_it_is_heard(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever rings while a batch is on its way need not wait for the next interval."""

@@ -7,7 +7,16 @@ from typing import Final, NamedTuple
 from shmsession.clock import Clock
 from shmsession.errors import StoreFull, Unreadable
 from shmsession.ids import HANDLE_BYTES
-from shmsession.record import NO_PLACE, PLACE_BYTES, STORABLE, TOMBSTONE, WITHDRAWN, Record
+from shmsession.record import (
+    HEADER_BYTES,
+    NO_PLACE,
+    PLACE_BYTES,
+    STORABLE,
+    TOMBSTONE,
+    WITHDRAWN,
+    Record,
+    unpack_header,
+)
 
 from . import room
 from .environment import Environment
@@ -172,18 +181,31 @@ class Outbox:
     def acknowledge(self, sent: list[Dirty], losses: int) -> None:
         """The backend has these, or later ones: cross off what has not changed since.
 
+        What has, and lives, goes behind all others: it waits for no longer than since it was sent. The dead keep their
+        places, for what they were renewed to must not be sent before them.
         Nothing, when it has lost something meanwhile: `losses` is what `losses()` was when they were sent.
         """
-        begin, size = 0, CHUNK
+        begin, size, now = 0, CHUNK, self._clock.now()
         while begin < len(sent):
             chunk = sent[begin : begin + size]
 
-            def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk) -> None:
+            def work(txn: Txn, tables: Tables, chunk: list[Dirty] = chunk, moves: bool = size == CHUNK) -> None:
                 if number(txn.get(LOSSES, db=tables.meta)) != losses:  # type: ignore[arg-type]
                     return
-                records = txn.cursor(tables.records)
-                same = [one for one in chunk if records.set_key(one.handle) and records.value() == one.record.raw]
+                records, same, newer = txn.cursor(tables.records), [], []
+                for one in chunk:
+                    if records.set_key(one.handle):
+                        raw: bytes = records.value()  # type: ignore[assignment]
+                        if raw == one.record.raw:
+                            same.append(one)
+                        elif moves and raw[-PLACE_BYTES:] == one.record.place and not _is_dead(raw):
+                            newer.append((one, raw))
                 _cross_off(txn, tables, same)
+                for one, raw in newer:
+                    if waits(txn, tables, one.handle, raw):
+                        txn.delete(one.record.place, db=tables.outbox)
+                        place = self._environment.take_place(txn, tables, one.handle, now)
+                        txn.put(one.handle, raw[:-PLACE_BYTES] + place, db=tables.records)
 
             try:
                 self._environment.write(work)
@@ -384,6 +406,11 @@ class Outbox:
                 txn.put(name, sequence_key(value), db=tables.meta)
 
         self._environment.write(work)
+
+
+def _is_dead(raw: bytes) -> bool:
+    """Whether this is the record of a tombstone, or of something that cannot be told."""
+    return len(raw) < HEADER_BYTES or bool(unpack_header(raw).flags & TOMBSTONE)
 
 
 def _cross_off(txn: Txn, tables: Tables, heard_of: list[Dirty]) -> None:
