@@ -273,7 +273,7 @@ async def loaded(backend: RedisBackend, rows: list[Row]) -> list[Row]:
 
 def test_a_replica_that_is_promoted_by_hand_takes_over_without_an_error(redis_cluster: RedisCluster) -> None:
     async def play() -> None:
-        async with opened(redis_cluster.url) as backend:
+        async with opened(redis_cluster.url, timeout=PATIENCE) as backend:  # that of the promotion is not known
             rows = [live(n, now() + HOUR, user=user_of(n % 5)) for n in range(60)]
             await backend.write(rows)
             for version in range(2, 5):
